@@ -1,0 +1,189 @@
+"""What a learning algorithm is: three verbs over tensors, and a documented configuration.
+
+A method is an ``nn.Module`` that owns its networks, optimisers and per-sample state. ``state_dict()`` is all of it, its keys
+are fixed at construction, and phases are functions of the :class:`Clock`. Methods draw random numbers from torch's default
+generators only, which the trainer seeds at the start of each epoch from (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from data.table import Batch, TrainData
+from hparams import hyperparameter
+
+View = Callable[[Tensor], Tensor]
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a trial stands: ``epoch`` whole epochs are done, of a full budget of ``epochs``."""
+
+    epoch: int
+    epochs: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the full budget that is done, in [0, 1)."""
+        return self.epoch / self.epochs
+
+    def has_begun(self, fraction: float) -> bool:
+        """True from the first epoch on whose start at least ``fraction`` of the budget is done."""
+        return self.epoch >= first_epoch(fraction, self.epochs)
+
+
+def first_epoch(fraction: float, epochs: int) -> int:
+    """The first epoch, counted from 0, on whose start at least ``fraction`` of ``epochs`` is done."""
+    return math.ceil(round(fraction * epochs, 9))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters that every method has. Lengths and memories are fractions of the full budget."""
+
+    lr: float = hyperparameter(
+        0.05, "learning rate at the start; falls to 0 along a half cosine", legal="(0, inf)", search=(0.01, 0.3), log=True
+    )
+    weight_decay: float = hyperparameter(
+        1e-3, "L2 penalty, coupled, on every parameter", legal="[0, inf)", search=(1e-5, 1e-2), log=True
+    )
+    momentum: float = hyperparameter(0.9, "momentum of SGD", legal="[0, 1)")
+    batch_size: int = hyperparameter(128, "images in a batch", legal="[2, inf)")
+    dropout: float = hyperparameter(0.0, "probability of dropping a feature before the head", legal="[0, 1)")
+    augmentation: str = hyperparameter("weak", "which view of an image is trained on", choices=("none", "weak", "strong"))
+
+    def begins(self) -> float:
+        """The fraction of the budget at which the method proper starts; before it, trials are not comparable."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may know: shapes, the given labels, views and a way to make networks. Never truth or noise rate."""
+
+    num_classes: int
+    labels: Tensor  # [N] int64, given labels of the training set, in index order
+    make_net: Callable[[], nn.Module]  # a new network with its own initialisation: float [B, C, H, W] -> logits [B, K]
+    plain: View  # uint8 [B, C, H, W] -> normalised float32, no augmentation
+    weak: View  # the same after small random shifts, drawn per sample
+    strong: View  # the same after larger random changes, drawn per sample
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    def view(self, augmentation: str) -> View:
+        return {"none": self.plain, "weak": self.weak, "strong": self.strong}[augmentation]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update tells the trainer. Everything stays on the device."""
+
+    loss: Tensor  # scalar, detached
+    index: Tensor  # [B] int64, rows of the training set that were seen
+    probabilities: Tensor | None = None  # [B, K] float32, detached, where the unmixed batch was seen
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # further scalars to average over the epoch, "group/name"
+
+
+class Learner(nn.Module):
+    """A network with its optimiser: float32 logits, a learning rate that follows the clock, all state in ``state_dict``."""
+
+    def __init__(self, net: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.net = net
+        self.config = config
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images).float()
+        return logits
+
+    def learning_rate(self, clock: Clock) -> float:
+        """Half a cosine from ``config.lr`` at the start of the budget to 0 at its end; constant within an epoch."""
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * clock.fraction))
+
+    def update(self, loss: Tensor, clock: Clock) -> None:
+        """One optimiser step on the scalar ``loss``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(clock)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class Method(nn.Module, Generic[B]):
+    """The interface; ``B`` is what the method's batches are. The registry reads ``Config`` and ``summary``.
+
+    ``batches`` is a generator: code before its first ``yield`` is the start of an epoch, code after the last is its end.
+    """
+
+    Config: ClassVar[type[Config]] = Config
+    summary: ClassVar[str] = ""
+
+    def __init__(self, config: Any, task: Task) -> None:
+        super().__init__()
+        self.config = config
+        self.task = task
+
+    @abstractmethod
+    def batches(self, data: TrainData, clock: Clock) -> Iterable[B]:
+        """What this epoch is made of."""
+
+    @abstractmethod
+    def step(self, batch: B, clock: Clock) -> Step:
+        """One update on one batch."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> probabilities [B, K], float32. The caller sets evaluation mode and disables gradients."""
+
+    @abstractmethod
+    def learning_rate(self, clock: Clock) -> float:
+        """The learning rate of this epoch, for the record."""
+
+    def refined_labels(self) -> Tensor | None:
+        """What the method now believes, rows [N, K] that sum to 1; None where it keeps the given labels. For diagnostics."""
+        return None
+
+
+class SingleNet(Method[Batch]):
+    """A method with one network that is trained on shuffled batches: what is left to write is ``step``."""
+
+    def __init__(self, config: Any, task: Task) -> None:
+        super().__init__(config, task)
+        self.learner = Learner(task.make_net(), config)
+
+    def batches(self, data: TrainData, clock: Clock) -> Iterable[Batch]:
+        return data.shuffled(self.config.batch_size)
+
+    def predict(self, images: Tensor) -> Tensor:
+        probabilities: Tensor = self.learner(self.task.plain(images)).softmax(dim=1)
+        return probabilities
+
+    def learning_rate(self, clock: Clock) -> float:
+        return self.learner.learning_rate(clock)
+
+
+def memory_momentum(memory: float, epochs: int) -> float:
+    """The factor of an exponential moving average, per epoch, whose memory is a fraction of the budget: exp(-1/(memory epochs)).
+
+    0.9 at 200 epochs is a memory of 0.047; the same memory at 30 epochs is a factor of 0.49.
+    """
+    return math.exp(-1.0 / (memory * epochs))
