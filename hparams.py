@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Value = float | int | str | bool
 C = TypeVar("C")
@@ -142,7 +142,7 @@ def hyperparameter(
 def declared(config: type) -> dict[str, Hyperparameter]:
     """Every hyperparameter of a Config class by field name, in order of declaration."""
     return {
-        field.name: Hyperparameter(field.name, type(field.default), field.default, **field.metadata)
+        field.name: Hyperparameter(field.name, type(field.default), cast(Value, field.default), **field.metadata)
         for field in dataclasses.fields(config)
     }
 

@@ -38,7 +38,7 @@ class TrainData:
         A last batch of one row joins the batch before it: batch normalisation cannot train on one image.
         """
         order = torch.randperm(len(self)).to(self.labels.device)
-        parts = list(order.split(batch_size))
+        parts = list(order.split(batch_size))  # type: ignore[no-untyped-call]
         if len(parts) > 1 and len(parts[-1]) == 1:
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:

@@ -182,7 +182,7 @@ class SingleNet(Method[Batch]):
 
 
 def memory_momentum(memory: float, epochs: int) -> float:
-    """The factor of an exponential moving average, per epoch, whose memory is a fraction of the budget: exp(-1/(memory epochs)).
+    """The factor, per epoch, of a moving average whose memory is a fraction of the budget: exp(-1 / (memory epochs)).
 
     0.9 at 200 epochs is a memory of 0.047; the same memory at 30 epochs is a factor of 0.49.
     """
