@@ -1,0 +1,49 @@
+"""The registry of learning algorithms, by the name that a user writes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from hparams import Hyperparameter, declared, inherited
+from methods.alr import ALR
+from methods.base import Config, Method
+from methods.ce import CrossEntropy
+from methods.co_teaching import CoTeaching
+from methods.elr import EarlyLearningRegularization
+from methods.gce import GeneralizedCrossEntropy
+from methods.selc import SELC
+
+METHODS: dict[str, type[Method[Any]]] = {
+    "ce": CrossEntropy,
+    "gce": GeneralizedCrossEntropy,
+    "elr": EarlyLearningRegularization,
+    "selc": SELC,
+    "alr": ALR,
+    "co-teaching": CoTeaching,
+}
+
+
+def find_method(name: str) -> type[Method[Any]]:
+    """The method of that name. ValueError names the known ones, and the one that was probably meant."""
+    if name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}{hint}")
+
+
+def parameters(method_name: str) -> dict[str, Hyperparameter]:
+    """A method's hyperparameters by their name in the ledger, in order of declaration.
+
+    ``field`` where the method takes it over from the base unchanged, so that methods share what they have in common; else
+    ``method.field``. ValueError for an unknown method.
+    """
+    config = find_method(method_name).Config
+    shared = inherited(config, Config)
+    return {
+        name if name in shared else f"{method_name}.{name}": hyperparameter for name, hyperparameter in declared(config).items()
+    }
+
+
+__all__ = ["METHODS", "Method", "find_method", "parameters"]

@@ -1,0 +1,85 @@
+"""SELC: self-ensemble label correction. After a warm-up each label becomes a running mean of the network's predictions.
+
+Lu & He, "SELC: Self-Ensemble Label Correction Improves Learning with Noisy Labels", IJCAI 2022. Warm-up: cross-entropy on
+the given labels. Then per batch: t <- a t + (1 - a) p, with t the given label at the start, and loss = CE(t, p) with the
+updated t; p is the prediction of the training step itself, without gradient.
+
+Differs from the paper: the end of the warm-up is a hyperparameter (``warmup``, a fraction of the budget), not estimated from
+a mixture fitted to the losses; a follows from ``memory``, likewise a fraction; the schedule is this project's (SGD, half a
+cosine, no step at the end of the warm-up); SELC+ (retraining with mixup on the corrected labels) is left out.
+Differs from the official code: log-softmax instead of the logarithm of a softmax, which can be infinite. The code, too, has
+no estimator, but a table of warm-ups.
+State: t, float32 [N, K], one-hot at the start: 4 K bytes per sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from data.table import Batch
+from hparams import hyperparameter
+from losses import cross_entropy, soft_cross_entropy
+from methods.base import Clock, Config, SingleNet, Step, Task, memory_momentum
+
+
+@dataclass(frozen=True)
+class SELCConfig(Config):
+    """The published defaults for CIFAR-10: 30 of 200 epochs of warm-up, momentum 0.9."""
+
+    warmup: float = hyperparameter(
+        0.15,
+        "fraction of the budget trained on the given labels before they are corrected",
+        legal="[0, 1)",
+        search=(0.025, 0.2),
+    )
+    memory: float = hyperparameter(
+        0.047,
+        "memory of the labels' running mean, as a fraction of the budget (0.9 per epoch at 200 epochs)",
+        legal="(0, 1]",
+        search=(0.02, 0.1),
+        log=True,
+    )
+
+    def begins(self) -> float:
+        """The end of the warm-up."""
+        return self.warmup
+
+
+class SELC(SingleNet):
+    """Hard labels first, then an ensemble over time of the network's own predictions."""
+
+    Config = SELCConfig
+    config: SELCConfig
+    summary = "after a warm-up, labels become a running mean of the predictions (Lu & He 2022)"
+    targets: Tensor
+
+    def __init__(self, config: SELCConfig, task: Task) -> None:
+        super().__init__(config, task)
+        self.register_buffer("targets", one_hot(task.labels, task.num_classes).float())
+
+    def step(self, batch: Batch, clock: Clock) -> Step:
+        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
+        probabilities = logits.detach().softmax(dim=1)
+        if clock.has_begun(self.config.begins()):
+            loss = self.refinement_loss(logits, self.refine(probabilities, batch.index, clock)).mean()
+        else:
+            loss = cross_entropy(logits, batch.labels).mean()
+        self.learner.update(loss, clock)
+        return Step(loss.detach(), batch.index, probabilities)
+
+    def refine(self, probabilities: Tensor, index: Tensor, clock: Clock) -> Tensor:
+        """Moves the rows ``index`` of the targets towards ``probabilities`` [B, K]; returns them, [B, K]. No gradient."""
+        momentum = memory_momentum(self.config.memory, clock.epochs)
+        self.targets[index] = momentum * self.targets[index] + (1 - momentum) * probabilities
+        return self.targets[index]
+
+    def refinement_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What is minimised after the warm-up, per sample: logits and targets [B, K] -> [B]."""
+        return soft_cross_entropy(logits, targets)
+
+    def refined_labels(self) -> Tensor:
+        """The targets: one-hot where a sample was not visited since the warm-up."""
+        return self.targets.clone()
