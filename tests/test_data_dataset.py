@@ -1,0 +1,199 @@
+"""Splits and where noise falls."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data import sources
+from data.cache import open_table
+from data.dataset import Dataset, load
+from data.sources import RawTable, Source, find_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOISY_LABEL_CACHE", str(folder))
+
+
+def digits(noise: str = "symmetric:0.4", **changes: Any) -> Dataset:
+    return load("digits", noise, **{"seed": 0, "noise_seed": 0, **changes})
+
+
+def truth() -> torch.Tensor:
+    table = open_table(find_source("digits"))
+    assert table.truth is not None
+    return table.truth
+
+
+def labels_by_row(dataset: Dataset) -> dict[int, int]:
+    """Row of the source -> given label, over training and validation."""
+    rows = torch.cat([dataset.split.train, dataset.split.validation]).tolist()
+    return dict(zip(rows, torch.cat([dataset.train.labels, dataset.validation.labels]).tolist(), strict=True))
+
+
+def test_sizes_are_disjoint_and_cover_everything() -> None:
+    # 1797 * 0.2 = 359.4; 1438 * 0.3 = 431.4
+    split = digits().split
+    assert (len(split.test), len(split.validation), len(split.train)) == (359, 431, 1007)
+    assert torch.cat([split.test, split.validation, split.train]).sort().values.tolist() == list(range(1797))
+
+
+def test_every_part_holds_its_rows() -> None:
+    dataset, images = digits(), open_table(find_source("digits")).images
+    assert dataset.test is not None
+    assert dataset.train_truth is not None
+    assert torch.equal(dataset.train.images, images[dataset.split.train])
+    assert torch.equal(dataset.validation.images, images[dataset.split.validation])
+    assert torch.equal(dataset.test.images, images[dataset.split.test])
+    assert torch.equal(dataset.train_truth, truth()[dataset.split.train])
+    assert torch.equal(dataset.test.labels, truth()[dataset.split.test])  # clean
+
+
+def test_the_count_is_exact_over_training_and_validation_together() -> None:
+    dataset = digits()
+    assert dataset.noise is not None
+    wrong_train = int((dataset.train.labels != truth()[dataset.split.train]).sum())
+    wrong_validation = int((dataset.validation.labels != truth()[dataset.split.validation]).sum())
+    assert wrong_train + wrong_validation == 575  # 0.4 * 1438 = 575.2
+    assert dataset.noise.realised_rate == 575 / 1438
+    # validation is as noisy as the rest: hypergeometric, mean 0.4, standard deviation 0.02
+    assert abs(wrong_validation / 431 - 0.4) < 0.08
+
+
+def test_asymmetric_takes_the_map_of_the_source() -> None:
+    dataset = digits("asymmetric:0.4")
+    assert dataset.noise is not None
+    rest = torch.cat([dataset.split.train, dataset.split.validation])
+    counts = torch.bincount(truth()[rest], minlength=10).tolist()
+    matrix = dataset.noise.matrix
+    for source, target in {2: 7, 3: 8, 5: 6, 6: 5, 7: 1}.items():
+        assert matrix[source, target] == round(0.4 * counts[source]) / counts[source]
+    for kept in (0, 1, 4, 8, 9):
+        assert matrix[kept, kept] == 1
+    expected = sum(round(0.4 * counts[source]) for source in (2, 3, 5, 6, 7)) / len(rest)
+    assert dataset.noise.realised_rate == pytest.approx(expected, abs=1e-12)
+    own = digits("asymmetric:0.4:0>1").noise
+    assert own is not None
+    assert own.matrix[0, 1] == round(0.4 * counts[0]) / counts[0]
+    assert own.matrix[2, 2] == 1
+
+
+def test_noise_and_split_are_separate_streams() -> None:
+    first, other_noise = digits(), digits(noise_seed=1)
+    assert torch.equal(first.split.train, other_noise.split.train)
+    assert torch.equal(first.split.test, other_noise.split.test)
+    assert not torch.equal(first.train.labels, other_noise.train.labels)
+    # the same places among the rows that are not test rows are corrupted, whichever rows these are
+    other_split = digits(seed=1)
+    assert not torch.equal(first.split.test, other_split.split.test)
+    places = []
+    for dataset in (first, other_split):
+        given = labels_by_row(dataset)
+        places.append([given[row] != int(truth()[row]) for row in sorted(given)])
+    assert places[0] == places[1]
+
+
+def test_the_size_of_the_validation_set_changes_no_label() -> None:
+    half, third = digits(validation_fraction=0.5), digits()
+    assert len(half.split.validation) == 719
+    assert labels_by_row(half) == labels_by_row(third)
+
+
+def test_streams_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    digits()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_fingerprint_follows_what_a_sweep_depends_on() -> None:
+    first = digits()
+    assert first.fingerprint == digits().fingerprint
+    assert first.fingerprint == digits("symmetric:0.40").fingerprint
+    changed = [digits(seed=1), digits(noise_seed=1), digits("symmetric:0.2"), digits(validation_fraction=0.5)]
+    changed.append(dataclasses.replace(first, checksum="0" * 64))
+    swapped = dataclasses.replace(first.split, train=first.split.test, test=first.split.train)
+    changed.append(dataclasses.replace(first, split=swapped))
+    for part in ("train", "validation"):
+        labels = getattr(first, part).labels.clone()
+        labels[0] = (labels[0] + 1) % 10
+        changed.append(dataclasses.replace(first, **{part: dataclasses.replace(getattr(first, part), labels=labels)}))
+    prints = {dataset.fingerprint for dataset in changed}
+    assert len(prints) == len(changed)
+    assert first.fingerprint not in prints
+
+
+def test_nothing_is_held_out_for_a_test_that_is_not_wanted() -> None:
+    dataset = digits(test_fraction=0)
+    assert dataset.test is None
+    assert (len(dataset.split.train), len(dataset.split.validation)) == (1258, 539)  # 1797 * 0.3 = 539.1
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_a_validation_fraction_outside_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"validation_fraction: {fraction!r} .* \(0, 1\)"):
+        digits(validation_fraction=fraction)
+
+
+def test_a_test_fraction_outside_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"test_fraction: 1.0 .* \[0, 1\)"):
+        digits(test_fraction=1.0)
+
+
+def test_too_few_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave 1 training and 1437 validation samples of 1797"):
+        digits(validation_fraction=0.9995)
+    with pytest.raises(ValueError, match="leave 1438 training and 0 validation samples of 1797"):
+        digits(validation_fraction=0.0001)
+    assert len(digits(validation_fraction=1436 / 1438).train) == 2
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown data set 'x'"):
+        load("x", "none", seed=0, noise_seed=0)
+    with pytest.raises(ValueError, match="unknown kind 'pair'"):
+        digits("pair:0.4")
+
+
+def annotated(name: str, clean: torch.Tensor | None) -> Source:
+    images = torch.arange(10 * 4, dtype=torch.uint8).view(10, 1, 2, 2)
+    given = torch.tensor([1, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    return Source(name, lambda: RawTable(images, clean, given), num_classes=3, defaults={}, confusions={})
+
+
+def test_a_source_with_labels_of_its_own_keeps_them_unless_noise_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = torch.arange(10) % 3
+    monkeypatch.setitem(sources.SOURCES, "annotated", annotated("annotated", clean))
+    given = torch.tensor([1, 1, 2, 0, 1, 2, 0, 1, 2, 0])  # differs from the truth in row 0 only
+    kept = load("annotated", "none", seed=0, noise_seed=0)
+    rest = torch.cat([kept.split.train, kept.split.validation]).tolist()
+    assert labels_by_row(kept) == {row: int(given[row]) for row in rest}
+    assert kept.noise is not None
+    assert kept.noise.realised_rate == (0 in rest) / 8
+    assert kept.test is not None
+    assert torch.equal(kept.test.labels, clean[kept.split.test])
+    asked = load("annotated", "symmetric:0", seed=0, noise_seed=0)
+    assert labels_by_row(asked) == {row: row % 3 for row in rest}  # noise falls on the truth
+
+
+def test_a_source_without_truth_has_no_test_set_and_takes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources.SOURCES, "wild", annotated("wild", None))
+    wild = load("wild", "none", seed=0, noise_seed=0)
+    assert (wild.test, wild.train_truth, wild.noise) == (None, None, None)
+    assert (len(wild.split.train), len(wild.split.validation)) == (7, 3)
+    assert isinstance(wild.fingerprint, str)
+    with pytest.raises(ValueError, match=r"noise 'symmetric:0.4': data set 'wild' has no clean labels"):
+        load("wild", "symmetric:0.4", seed=0, noise_seed=0)
+    with pytest.raises(ValueError, match=r"noise 'asymmetric:0.4': data set 'wild' has no clean labels"):
+        load("wild", "asymmetric:0.4", seed=0, noise_seed=0)
