@@ -1,0 +1,444 @@
+"""What every registered method must do, whatever it learns. No test here knows one method from another.
+
+Run as a program it is the fresh process of the resume tests: ``python -m tests.test_methods_contract FOLDER``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import methods
+from data.seeds import derive, generator
+from data.table import Batch, TrainData
+from hparams import build, declared
+from methods import METHODS, base
+from methods.base import Clock, Method, Step, Task
+
+N, K, EPOCHS, BATCH = 41, 4, 6, 8  # 41 = 5 * 8 + 1; no tensor of a network has a side of 41
+RESUMED_AT = (1, 4)
+ROOT = Path(__file__).parent.parent
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_data(num_classes: int = K) -> TrainData:
+    """41 images [1, 8, 8] that a network can tell apart, of the first ``num_classes`` classes."""
+    stream = generator("tiny data")
+    prototypes = torch.randint(40, 216, (K, 1, 8, 8), generator=stream)
+    labels = torch.randint(num_classes, (N,), generator=stream)
+    images = prototypes[labels] + torch.randint(-40, 40, (N, 1, 8, 8), generator=stream)
+    return TrainData(images.to(torch.uint8), labels)
+
+
+def tiny_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(54, K)
+    )
+
+
+def plain(images: Tensor) -> Tensor:
+    return images.float() / 64 - 2
+
+
+def weak(images: Tensor) -> Tensor:
+    """A random shift and noise, from torch's default generator."""
+    shift = int(torch.randint(-1, 2, ()))
+    return plain(images).roll(shift, dims=3) + 0.1 * torch.randn(images.shape)
+
+
+def tiny_task(data: TrainData, make_net: Callable[[], nn.Module] = tiny_net) -> Task:
+    return Task(K, data.labels, make_net, plain, weak, weak)
+
+
+def make(name: str, task: Task, seed: int = 0, **values: Any) -> Method[Any]:
+    torch.manual_seed(derive("init", seed))
+    return METHODS[name](build(METHODS[name].Config, {"batch_size": BATCH, **values}), task)
+
+
+def train(
+    method: Method[Any], data: TrainData, first: int = 0, last: int = EPOCHS, seed: int = 0
+) -> Iterator[tuple[Clock, Step]]:
+    """What the trainer does, from epoch ``first`` to before ``last``."""
+    for epoch in range(first, last):
+        torch.manual_seed(derive("epoch", seed, epoch))
+        method.train()
+        clock = Clock(epoch, EPOCHS)
+        for batch in method.batches(data, clock):
+            yield clock, method.step(batch, clock)
+
+
+def finish(method: Method[Any], data: TrainData, first: int = 0, last: int = EPOCHS) -> list[tuple[Clock, Step]]:
+    return list(train(method, data, first, last))
+
+
+def flat(state: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state by its path."""
+    if isinstance(state, (dict, list, tuple)):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: leaf for name, value in pairs for key, leaf in flat(value, f"{path}/{name}").items()}
+    return {path: state}
+
+
+def differences(left: Any, right: Any) -> list[str]:
+    """The paths at which two states are not bit for bit alike (0 and -0 are)."""
+    a, b = flat(left), flat(right)
+    same = {key: torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key] for key in a.keys() & b.keys()}
+    return sorted((a.keys() ^ b.keys()) | {key for key, equal in same.items() if not equal})
+
+
+def per_sample(method: Method[Any]) -> dict[str, Tensor]:
+    return {
+        key: value for key, value in flat(method.state_dict()).items() if isinstance(value, Tensor) and value.shape[:1] == (N,)
+    }
+
+
+def networks(method: Method[Any]) -> dict[str, Any]:
+    """The state without its per-sample part, the optimisers' included."""
+    return {key: value for key, value in flat(method.state_dict()).items() if key not in per_sample(method)}
+
+
+class InOrder(TrainData):
+    """A training set that hands out given batches: ``shuffled`` yields the rows of ``parts`` in turn."""
+
+    parts: list[Tensor]
+
+    @classmethod
+    def of(cls, data: TrainData, parts: list[Tensor]) -> InOrder:
+        made = cls(data.images, data.labels)
+        object.__setattr__(made, "parts", parts)
+        return made
+
+    def shuffled(self, batch_size: int) -> Iterator[Batch]:
+        for index in self.parts:
+            yield self.gather(index)
+
+
+# Resume
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of every method at two epochs, and what a fresh process made of each."""
+    folder = tmp_path_factory.mktemp("resumed")
+    data = tiny_data()
+    for name in METHODS:
+        for epoch in RESUMED_AT:
+            method = make(name, tiny_task(data))
+            finish(method, data, 0, epoch)
+            torch.save(method.state_dict(), folder / f"{name}.{epoch}.half")
+        whole = make(name, tiny_task(data))
+        finish(whole, data)
+        torch.save(whole.state_dict(), folder / f"{name}.whole")
+    subprocess.run([sys.executable, "-m", "tests.test_methods_contract", folder], cwd=ROOT, check=True, timeout=120)
+    return folder
+
+
+def resume_all(folder: Path) -> None:
+    """The fresh process: goes on from every checkpoint to the end."""
+    torch.set_num_threads(1)
+    data = tiny_data()
+    for path in sorted(folder.glob("*.half")):
+        name, epoch, _ = path.name.split(".")
+        method = make(name, tiny_task(data), seed=1)  # another initialisation: all must come from the checkpoint
+        method.load_state_dict(torch.load(path, weights_only=True))
+        finish(method, data, int(epoch))
+        torch.save(method.state_dict(), path.with_suffix(".done"))
+
+
+@every_method
+@pytest.mark.parametrize("epoch", RESUMED_AT)
+def test_a_fresh_process_resumes_bit_for_bit(name: str, epoch: int, resumed: Path) -> None:
+    half, done, whole = (
+        torch.load(resumed / f"{name}.{end}", weights_only=True) for end in (f"{epoch}.half", f"{epoch}.done", "whole")
+    )
+    assert differences(done, whole) == []
+    changed = differences(half, whole)
+    assert any("momentum_buffer" in key for key in changed), "the optimiser is part of the state"
+    assert all(any(key in path for path in changed) for key in per_sample(make(name, tiny_task(tiny_data()))))
+
+
+@every_method
+def test_the_keys_of_the_state_are_fixed_at_construction(name: str) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data))
+    keys = list(method.state_dict())
+    for epoch in range(EPOCHS):
+        for _ in train(method, data, epoch, epoch + 1):
+            assert list(method.state_dict()) == keys
+    assert list(method.state_dict()) == keys
+
+
+@every_method
+def test_no_attribute_outside_the_state_changes_what_is_learnt(name: str) -> None:
+    """Training on with one object, and with a new one per epoch that gets the state alone, is the same."""
+    data = tiny_data()
+    carried = make(name, tiny_task(data))
+    state = carried.state_dict()
+    for epoch in range(EPOCHS):
+        fresh = make(name, tiny_task(data), seed=epoch + 1)
+        fresh.load_state_dict(state)
+        finish(fresh, data, epoch, epoch + 1)
+        finish(carried, data, epoch, epoch + 1)
+        state = fresh.state_dict()
+        assert differences(state, carried.state_dict()) == []
+
+
+# What a method may know
+
+
+def test_a_task_holds_nothing_that_a_method_must_not_know() -> None:
+    allowed = {"num_classes", "labels", "make_net", "plain", "weak", "strong"}
+    assert {field.name for field in dataclasses.fields(Task)} == allowed
+    assert {field.name for field in dataclasses.fields(TrainData)} == {"images", "labels"}
+    assert {field.name for field in dataclasses.fields(Batch)} == {"images", "labels", "index"}
+
+
+@every_method
+def test_a_label_acts_through_the_batches_that_it_is_in(name: str) -> None:
+    data = tiny_data()
+    parts = list(torch.arange(N).split(BATCH))
+
+    def first_step(row: int) -> dict[str, Any]:
+        labels = data.labels.clone()
+        labels[row] = (labels[row] + 1) % K
+        other = TrainData(data.images, labels)
+        method = make(name, tiny_task(other))
+        steps = train(method, InOrder.of(other, parts))
+        next(steps)
+        return networks(method)
+
+    assert differences(first_step(20), first_step(30)) == [], "rows 20 and 30 are not in the first batch"
+    assert differences(first_step(0), first_step(30)) != [], "row 0 is"
+
+
+@every_method
+def test_renumbering_the_samples_renumbers_their_state_and_nothing_else(name: str) -> None:
+    data = tiny_data()
+    parts = list(torch.randperm(N, generator=generator("order")).split(BATCH))[:-1]  # one row is never visited
+    order = torch.randperm(N, generator=generator("renumbering"))  # row i of the second set is row order[i] of the first
+    renumbered = TrainData(data.images[order], data.labels[order])
+    first, second = make(name, tiny_task(data)), make(name, tiny_task(renumbered))
+    steps = finish(first, InOrder.of(data, parts))
+    finish(second, InOrder.of(renumbered, [order.argsort()[part] for part in parts]))
+    assert steps
+    assert differences(networks(first), networks(second)) == []
+    assert differences({key: value[order] for key, value in per_sample(first).items()}, per_sample(second)) == []
+    refined, moved = first.refined_labels(), second.refined_labels()
+    assert (refined is None) == (moved is None)
+    if refined is not None and moved is not None:
+        assert torch.equal(refined[order], moved)
+        assert not torch.equal(refined, moved)
+
+
+# Steps and predictions
+
+
+@every_method
+def test_an_epoch_visits_every_sample_and_its_steps_are_detached(name: str) -> None:
+    data = tiny_data()
+    for clock in (Clock(0, EPOCHS), Clock(EPOCHS - 1, EPOCHS)):
+        steps = finish(make(name, tiny_task(data)), data, clock.epoch, clock.epoch + 1)
+        assert torch.cat([step.index for _, step in steps]).unique().tolist() == list(range(N))
+        for _, step in steps:
+            assert step.loss.shape == ()
+            assert not step.loss.requires_grad
+            assert step.index.dtype == torch.int64
+            if step.probabilities is not None:
+                assert not step.probabilities.requires_grad
+                assert step.probabilities.dtype == torch.float32
+                assert step.probabilities.shape == (len(step.index), K)
+                torch.testing.assert_close(step.probabilities.sum(1), torch.ones(len(step.index)))
+
+
+@every_method
+def test_predictions_are_probabilities_and_leave_no_trace(name: str) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data))
+    finish(method, data, 0, 2)
+    before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in flat(method.state_dict()).items()}
+    random_state = torch.get_rng_state()
+    method.eval()
+    with torch.no_grad():
+        probabilities = method.predict(data.images)
+        alone = method.predict(data.images[3:4])
+    assert probabilities.dtype == torch.float32
+    assert probabilities.shape == (N, K)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(N))
+    torch.testing.assert_close(alone, probabilities[3:4])
+    assert differences(before, flat(method.state_dict())) == []
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@every_method
+def test_refined_labels_are_distributions_that_start_at_the_given_labels(name: str) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data))
+    start = method.refined_labels()
+    finish(method, data)
+    refined = method.refined_labels()
+    assert (start is None) == (refined is None)
+    if start is None or refined is None:
+        assert not per_sample(method)
+        return
+    assert torch.equal(start.argmax(1), data.labels)
+    assert refined.shape == (N, K)
+    assert bool((refined >= 0).all())
+    torch.testing.assert_close(refined.sum(1), torch.ones(N))
+    assert not torch.equal(start, refined), "they move, and what was handed out before stays as it was"
+
+
+@every_method
+def test_clean_labels_are_learnt(name: str) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data))
+    finish(method, data)
+    method.eval()
+    with torch.no_grad():
+        accuracy = (method.predict(data.images).argmax(1) == data.labels).float().mean().item()
+    assert accuracy > 0.75  # a guess is right in a quarter; six epochs are few for ELR
+
+
+# Awkward data
+
+
+def assert_finite(method: Method[Any], steps: list[tuple[Clock, Step]]) -> None:
+    assert steps
+    for _, step in steps:
+        assert bool(step.loss.isfinite())
+        assert step.probabilities is None or bool(step.probabilities.isfinite().all())
+    for key, value in flat(method.state_dict()).items():
+        assert not isinstance(value, Tensor) or bool(value.isfinite().all()), key
+
+
+class Extreme(nn.Module):
+    """A network whose logits are 10,000 times too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = 1e4 * self.net(images)
+        return logits
+
+
+@every_method
+@pytest.mark.parametrize("epoch", [0, EPOCHS - 1])
+def test_extreme_logits_give_finite_losses_and_gradients(name: str, epoch: int) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data, Extreme), lr=1e-6)
+    largest = []
+    for module in method.modules():
+        if isinstance(module, Extreme):
+            module.register_forward_hook(lambda _module, _images, logits: largest.append(logits.abs().amax().item()))
+    assert_finite(method, finish(method, data, epoch, epoch + 1))
+    assert max(largest) > 1e3
+
+
+@every_method
+def test_a_class_without_samples(name: str) -> None:
+    data = tiny_data(num_classes=K - 1)
+    assert data.labels.max() == K - 2
+    method = make(name, tiny_task(data))
+    assert_finite(method, finish(method, data))
+
+
+@every_method
+def test_a_last_batch_of_one_image_joins_the_one_before(name: str) -> None:
+    data = tiny_data()
+    assert N % BATCH == 1
+    method = make(name, tiny_task(data))
+    steps = finish(method, data, 0, 1)
+    assert min(len(step.index) for _, step in steps) > 1
+    assert_finite(method, steps)
+
+
+@every_method
+def test_a_training_set_smaller_than_a_batch(name: str) -> None:
+    data = tiny_data()
+    method = make(name, tiny_task(data), batch_size=1000)
+    assert_finite(method, finish(method, data))
+
+
+# Declarations
+
+
+@every_method
+def test_declarations_are_consistent(name: str) -> None:
+    for parameter in methods.parameters(name).values():
+        assert parameter.check(parameter.default) == parameter.default
+        assert parameter.meaning
+        drawn = parameter.search
+        if drawn is None:
+            continue
+        assert parameter.legal is not None
+        assert drawn.low in parameter.legal
+        assert drawn.high in parameter.legal
+        assert drawn.low < drawn.high
+        assert not drawn.log or drawn.low > 0
+        assert drawn.nearest(parameter.default) == parameter.default, "the default is the first trial"
+
+
+@every_method
+def test_what_a_method_says_about_itself(name: str) -> None:
+    method = METHODS[name]
+    assert method.summary
+    assert "\n" not in method.summary
+    module = sys.modules[method.__module__].__doc__ or ""
+    for part in ("Differs from the paper:", "Differs from the official code:", "State:"):
+        assert part in module, f"{method.__module__} does not say: {part}"
+    assert method.Config.__doc__
+    assert name == name.lower()
+
+
+@every_method
+def test_begins_is_a_fraction_of_the_budget(name: str) -> None:
+    config = METHODS[name].Config
+    assert 0 <= config().begins() < 1
+    if "warmup" in declared(config):
+        assert build(config, {"warmup": 0.125}).begins() == 0.125
+
+
+def test_begins_of_the_first_six() -> None:
+    begins = {name: METHODS[name].Config().begins() for name in ("ce", "gce", "elr", "selc", "alr", "co-teaching")}
+    assert begins == {"ce": 0, "gce": 0, "elr": 0, "selc": 0.15, "alr": 0.15, "co-teaching": 0}
+
+
+@every_method
+def test_names_in_the_ledger_are_shared_where_the_field_is(name: str) -> None:
+    names = list(methods.parameters(name))
+    shared = [field for field in names if "." not in field]
+    assert shared == list(declared(base.Config)), "no method redeclares a shared field"
+    own = [field for field in declared(METHODS[name].Config) if field not in shared]
+    assert names == shared + [f"{name}.{field}" for field in own]
+
+
+def test_an_unknown_method_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown method 'dividemax'; known are alr, ce, "):
+        methods.find_method("dividemax")
+    with pytest.raises(ValueError, match=r"unknown method 'coteaching'; .*did you mean 'co-teaching'\?"):
+        methods.find_method("coteaching")
+    with pytest.raises(ValueError, match=r"unknown method 'zzz'; known are [a-z, -]*$"):
+        methods.parameters("zzz")
+    assert methods.find_method("alr") is METHODS["alr"]
+
+
+if __name__ == "__main__":
+    resume_all(Path(sys.argv[1]))

@@ -1,0 +1,401 @@
+"""Each method against its own equations: limits in which it is another method, and updates worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data.seeds import generator
+from data.table import Batch
+from hparams import build
+from losses import clipped_probabilities, cross_entropy, entropy, soft_cross_entropy
+from methods.alr import ALR, ALRConfig
+from methods.base import Clock, Method, SingleNet, Step, first_epoch, memory_momentum
+from methods.co_teaching import CoTeaching, CoTeachingConfig, small_losses
+from methods.elr import EarlyLearningRegularization
+from methods.selc import SELC
+from tests.test_methods_contract import (
+    BATCH,
+    EPOCHS,
+    InOrder,
+    K,
+    N,
+    differences,
+    finish,
+    make,
+    plain,
+    tiny_data,
+    tiny_net,
+    tiny_task,
+    train,
+)
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def given_one_hot() -> Tensor:
+    return functional.one_hot(tiny_data().labels, K).float()
+
+
+def trained(name: str, **values: Any) -> Method[Any]:
+    """The method after the whole budget, from seed 0."""
+    method = make(name, tiny_task(tiny_data()), **values)
+    finish(method, tiny_data())
+    return method
+
+
+def net_state(method: Method[Any]) -> dict[str, Any]:
+    assert isinstance(method, SingleNet)
+    return method.learner.state_dict()
+
+
+# SELC and ALR
+
+
+def test_alr_without_entropy_is_selc_bit_for_bit() -> None:
+    data = tiny_data()
+    alr, selc = make("alr", tiny_task(data), entropy_weight=0.0), make("selc", tiny_task(data))
+    for epoch in range(EPOCHS):
+        ours = finish(alr, data, epoch, epoch + 1)
+        theirs = finish(selc, data, epoch, epoch + 1)
+        assert differences(alr.state_dict(), selc.state_dict()) == [], "weights, momenta and targets"
+        assert [step.loss.item() for _, step in ours] == [step.loss.item() for _, step in theirs]
+    assert not torch.equal(alr.targets, given_one_hot()), "the corrected labels were in play"
+    assert differences(trained("alr").state_dict(), selc.state_dict()), "with entropy it is another method"
+
+
+def test_selc_and_alr_are_cross_entropy_until_they_begin() -> None:
+    data = tiny_data()
+    warmup = 0.5
+    begins = first_epoch(warmup, EPOCHS)
+    methods = {
+        "ce": make("ce", tiny_task(data)),
+        "selc": make("selc", tiny_task(data), warmup=warmup),
+        "alr": make("alr", tiny_task(data), warmup=warmup),
+    }
+    for method in methods.values():
+        finish(method, data, 0, begins)
+    for name in ("selc", "alr"):
+        assert differences(net_state(methods["ce"]), net_state(methods[name])) == []
+        assert torch.equal(methods[name].targets, given_one_hot()), "nothing is touched in the warm-up"
+        finish(methods[name], data, begins, begins + 1)
+        touched = (methods[name].targets != given_one_hot()).any(dim=1)
+        assert bool(touched.all()), "every label is, in the epoch after it"
+
+
+def test_selc_that_never_begins_is_cross_entropy_bit_for_bit() -> None:
+    assert differences(net_state(trained("selc", warmup=0.999)), net_state(trained("ce"))) == []
+
+
+def test_refinement_begins_at_once_without_warm_up() -> None:
+    selc = make("selc", tiny_task(tiny_data()), warmup=0.0)
+    next(train(selc, tiny_data()))
+    assert not torch.equal(selc.targets, given_one_hot())
+
+
+@pytest.mark.parametrize("name", ["selc", "alr"])
+def test_targets_are_the_unrolled_running_mean_of_the_training_predictions(name: str) -> None:
+    data = tiny_data()
+    warmup, memory = 1 / EPOCHS, 0.5
+    method = make(name, tiny_task(data), warmup=warmup, memory=memory)
+    predictions: list[Tensor] = []
+    for epoch in range(EPOCHS):
+        seen = torch.zeros(N, K)
+        for _, step in train(method, data, epoch, epoch + 1):
+            seen[step.index] = step.probabilities
+        predictions.append(seen)
+    a = math.exp(-1 / (memory * EPOCHS))
+    visits = EPOCHS - 1
+    expected = a**visits * given_one_hot()
+    for j, p in enumerate(predictions[1:], start=1):
+        expected += (1 - a) * a ** (visits - j) * p
+    torch.testing.assert_close(method.targets, expected)
+    torch.testing.assert_close(method.targets.sum(1), torch.ones(N))
+    assert 0.1 < a**visits < 0.9, "both parts matter"
+
+
+def test_the_published_momentum_is_the_default_memory() -> None:
+    assert memory_momentum(build(SELC.Config, {}).memory, 200) == pytest.approx(0.9, abs=1e-3)
+    assert memory_momentum(build(EarlyLearningRegularization.Config, {}).memory, 120) == pytest.approx(0.7, abs=1e-3)
+
+
+def one_step_gradient(method: SingleNet, clock: Clock) -> tuple[Tensor, Step, Batch]:
+    """The gradient of one step's loss in the logits, [B, K]."""
+    batch = tiny_data().gather(torch.arange(BATCH))
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _images: Any, logits: Tensor) -> None:
+        logits.register_hook(kept.append)
+
+    handle = method.learner.net.register_forward_hook(keep)
+    method.train()
+    step = method.step(batch, clock)
+    handle.remove()
+    return kept[0], step, batch
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.2, 1.6])
+def test_alr_steps_along_its_gradient_with_the_updated_targets(entropy_weight: float) -> None:
+    alr = make("alr", tiny_task(tiny_data()), entropy_weight=entropy_weight, memory=0.1)
+    grads, step, batch = one_step_gradient(alr, Clock(EPOCHS - 1, EPOCHS))
+    p = step.probabilities
+    t = alr.targets[batch.index]
+    assert not torch.equal(t, given_one_hot()[batch.index])
+    h = -(p * p.log()).sum(1, keepdim=True)
+    torch.testing.assert_close(-BATCH * grads, (t - p) + entropy_weight * p * (p.log() + h), rtol=1e-4, atol=1e-6)
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits and targets [B, K], float64."""
+    stream = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = (draw(st.integers(1, 5)), draw(st.integers(2, 12)))
+    logits = draw(st.floats(0.1, 5.0)) * torch.randn(shape, generator=stream, dtype=torch.float64)
+    return logits, torch.randn(shape, generator=stream, dtype=torch.float64).mul(2).softmax(1)
+
+
+def alr_loss(logits: Tensor, targets: Tensor, entropy_weight: float) -> Tensor:
+    alr = ALR(ALRConfig(entropy_weight=entropy_weight), tiny_task(tiny_data(), lambda: nn.Linear(1, 1)))
+    return alr.refinement_loss(logits, targets)
+
+
+@few
+@given(predictions(), st.floats(0, 2))
+def test_alr_gradient_in_closed_form(case: tuple[Tensor, Tensor], weight: float) -> None:
+    z, t = case
+    z.requires_grad_()
+    (grads,) = torch.autograd.grad(alr_loss(z, t, weight).sum(), z)
+    p = z.detach().softmax(1)
+    h = -(p * p.log()).sum(1, keepdim=True)
+    torch.testing.assert_close(-grads, (t - p) + weight * p * (p.log() + h))
+
+
+@few
+@given(predictions(), st.floats(0, 2))
+def test_alr_is_soft_bootstrapping_on_top_of_selc(case: tuple[Tensor, Tensor], weight: float) -> None:
+    z, t = case
+    p = z.softmax(1)
+    mixed = (t + weight * p) / (1 + weight)
+    torch.testing.assert_close(alr_loss(z, t, weight), (1 + weight) * soft_cross_entropy(z, mixed))
+
+
+@few
+@given(predictions())
+def test_the_entropy_term_raises_the_classes_above_its_threshold_and_no_others(case: tuple[Tensor, Tensor]) -> None:
+    z = case[0].requires_grad_()
+    h = entropy(z)
+    (grads,) = torch.autograd.grad(h.sum(), z)
+    p, threshold = z.detach().softmax(1), (-h.detach()).exp().unsqueeze(1)
+    clear = (p / threshold).log().abs() > 1e-6
+    assert torch.equal((grads < 0)[clear], (p > threshold)[clear])
+    top = p.argmax(1, keepdim=True)
+    assert bool((grads.gather(1, top) <= 1e-12).all()), "the most probable class is never lowered"
+
+
+def test_with_labels_at_the_prediction_selc_rests_and_alr_hardens() -> None:
+    z = torch.tensor([[1.0, 0.8, -1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    p = z.detach().softmax(1)
+    (rest,) = torch.autograd.grad(alr_loss(z, p, 0.0).sum(), z)
+    torch.testing.assert_close(rest, torch.zeros_like(rest))
+    (pull,) = torch.autograd.grad(alr_loss(z, p, 0.2).sum(), z)
+    assert [value < 0 for value in pull[0].tolist()] == [value > math.exp(-entropy(z).item()) for value in p[0].tolist()]
+    assert pull[0, 0] < 0 < pull[0, 2]
+
+
+# ELR
+
+
+class Constant(nn.Module):
+    """A network whose prediction for an image depends on nothing else; with a tiny learning rate it never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, K)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(images.flatten(1))
+        return logits
+
+
+def test_elr_targets_after_n_visits_of_one_prediction() -> None:
+    data = tiny_data()
+    elr = make("elr", tiny_task(data, Constant), lr=1e-30, augmentation="none")
+    visited = [torch.arange(8), torch.arange(8, 16)]
+    p = clipped_probabilities(elr.learner(plain(data.images)).detach())
+    p /= p.sum(1, keepdim=True)
+    beta = memory_momentum(elr.config.memory, EPOCHS)
+    for n in range(1, EPOCHS + 1):
+        finish(elr, InOrder.of(data, visited), n - 1, n)
+        torch.testing.assert_close(elr.targets[:16], (1 - beta**n) * p[:16])
+        assert torch.equal(elr.targets[16:], torch.zeros(N - 16, K)), "rows never visited stay 0"
+    refined = elr.refined_labels()
+    torch.testing.assert_close(refined[:16], p[:16])
+    assert torch.equal(refined[16:], given_one_hot()[16:])
+
+
+def test_elr_without_strength_is_cross_entropy_bit_for_bit() -> None:
+    assert differences(net_state(trained("elr", strength=0.0)), net_state(trained("ce"))) == []
+    assert differences(net_state(trained("elr", strength=1e-3)), net_state(trained("ce"))) != []
+
+
+def test_elr_steps_along_its_gradient_with_the_updated_targets() -> None:
+    elr = make("elr", tiny_task(tiny_data()), strength=3.0, memory=1.0)
+    elr.targets += torch.rand(N, K, generator=generator("targets")) / K
+    grads, step, batch = one_step_gradient(elr, Clock(1, EPOCHS))
+    p, t = step.probabilities, elr.targets[batch.index]
+    assert p.min() > 1e-4
+    assert p.max() < 1 - 1e-4, "nothing is clipped"
+    inner = (t * p).sum(1, keepdim=True)
+    expected = (p - given_one_hot()[batch.index]) + 3.0 * p * (inner - t) / (1 - inner)
+    torch.testing.assert_close(BATCH * grads, expected, rtol=1e-4, atol=1e-6)
+    loss = cross_entropy(p.log(), batch.labels) + 3.0 * (1 - inner).log().squeeze(1)
+    torch.testing.assert_close(step.loss, loss.mean())
+
+
+# GCE
+
+
+def test_gce_at_a_tiny_exponent_is_cross_entropy() -> None:
+    ce, gce = net_state(trained("ce")), net_state(trained("gce", q=1e-6))
+    for key, value in ce.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(gce[key], value, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(net_state(trained("gce"))["net.5.weight"], ce["net.5.weight"], rtol=1e-3, atol=1e-4)
+
+
+# Co-teaching
+
+
+def without_dropout() -> nn.Module:
+    net = tiny_net()
+    next(module for module in net if isinstance(module, nn.Dropout)).p = 0.0
+    return net
+
+
+def nets_in_turn(*nets: nn.Module) -> Any:
+    """A ``make_net`` that hands out copies of ``nets`` in turn."""
+    turns: Iterator[nn.Module] = iter([copy.deepcopy(net) for net in nets])
+    return lambda: next(turns)
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(3)
+    return without_dropout(), without_dropout()
+
+
+def co_teaching(*nets: nn.Module, **values: Any) -> CoTeaching:
+    return make("co-teaching", tiny_task(tiny_data(), nets_in_turn(*nets)), **values)
+
+
+def test_co_teaching_that_forgets_nothing_is_two_cross_entropies_bit_for_bit(pair: tuple[nn.Module, nn.Module]) -> None:
+    data = tiny_data()
+    both = co_teaching(*pair, forget_rate=0.0)
+    finish(both, data)
+    for learner, net in zip((both.first, both.second), pair, strict=True):
+        alone = make("ce", tiny_task(data, nets_in_turn(net)))
+        finish(alone, data)
+        assert differences(learner.state_dict(), net_state(alone)) == []
+    selective = co_teaching(*pair)
+    finish(selective, data)
+    assert differences(selective.first.state_dict(), both.first.state_dict()) != []
+
+
+def test_identical_networks_stay_identical(pair: tuple[nn.Module, nn.Module]) -> None:
+    twins = co_teaching(pair[0], pair[0], forget_rate=0.5)
+    finish(twins, tiny_data())
+    assert differences(twins.first.state_dict(), twins.second.state_dict()) == []
+    strangers = co_teaching(*pair, forget_rate=0.5)
+    finish(strangers, tiny_data())
+    assert differences(strangers.first.state_dict(), strangers.second.state_dict()) != []
+
+
+def test_swapping_the_networks_swaps_the_results(pair: tuple[nn.Module, nn.Module]) -> None:
+    one, other = co_teaching(*pair, forget_rate=0.5), co_teaching(*pair[::-1], forget_rate=0.5)
+    finish(one, tiny_data())
+    finish(other, tiny_data())
+    assert differences(one.first.state_dict(), other.second.state_dict()) == []
+    assert differences(one.second.state_dict(), other.first.state_dict()) == []
+
+
+def test_each_network_learns_from_what_the_other_kept(pair: tuple[nn.Module, nn.Module]) -> None:
+    """One step by hand: plain SGD on the mean loss of the peer's selection."""
+    lr, clock = 0.1, Clock(EPOCHS - 1, EPOCHS)
+    batch = tiny_data().gather(torch.arange(BATCH))
+    method = co_teaching(*pair, forget_rate=0.5, lr=lr, momentum=0.0, weight_decay=0.0, augmentation="none")
+    method.train()
+    method.step(batch, clock)
+    nets = [copy.deepcopy(net).train() for net in pair]
+    losses = [functional.cross_entropy(net(plain(batch.images)), batch.labels, reduction="none") for net in nets]
+    kept = [loss.detach().argsort()[: BATCH // 2] for loss in losses]
+    assert set(kept[0].tolist()) != set(kept[1].tolist()), "the networks disagree, so that crossing matters"
+    rate = lr * 0.5 * (1 + math.cos(math.pi * clock.fraction))
+    for net, loss, chosen, learner in zip(nets, losses, kept[::-1], (method.first, method.second), strict=True):
+        loss[chosen].mean().backward()
+        for before, after in zip(net.parameters(), learner.net.parameters(), strict=True):
+            torch.testing.assert_close(after, before - rate * before.grad)
+
+
+@few
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 2.0, 9.0]), min_size=1, max_size=20), st.data())
+def test_kept_losses_are_the_smallest(values: list[float], data: st.DataObject) -> None:
+    losses = torch.tensor(values, requires_grad=True)
+    num_kept = data.draw(st.integers(1, len(values)))
+    mask = small_losses(losses, num_kept)
+    assert not mask.requires_grad
+    assert mask.sum() == num_kept
+    kept, dropped = losses[mask == 1], losses[mask == 0]
+    assert len(kept) + len(dropped) == len(values)
+    if len(dropped):
+        assert kept.max() <= dropped.min()
+        tied = (losses == kept.max()).nonzero().flatten()
+        chosen = mask[tied].tolist()
+        assert chosen == sorted(chosen, reverse=True), "of equal losses the earlier is kept"
+
+
+def kept_in(epoch: int, num_images: int, **values: Any) -> int:
+    method = CoTeaching(CoTeachingConfig(**values), tiny_task(tiny_data()))
+    return method.num_kept(num_images, Clock(epoch, 200))
+
+
+def test_the_share_left_out_rises_as_in_the_paper() -> None:
+    """R(T) = tau min(T / T_k, 1) with T_k = 10 of 200 epochs, T counted from 1."""
+    kept = [kept_in(epoch, 1000, forget_rate=0.5) for epoch in (0, 1, 4, 8, 9, 10, 199)]
+    assert kept == [950, 900, 750, 550, 500, 500, 500]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "forget_rate", "kept"),
+    [(10, 0.9, 1), (10, 0.7, 3), (100, 0.42, 58), (3, 0.5, 1), (1, 0.99, 1), (8, 0.99, 1), (8, 0.0, 8), (7, 0.2, 5)],
+)
+def test_the_number_kept_is_rounded_down_but_never_to_nothing(num_images: int, forget_rate: float, kept: int) -> None:
+    assert kept_in(199, num_images, forget_rate=forget_rate) == kept
+
+
+def test_a_ramp_shorter_than_an_epoch_is_over_in_the_first() -> None:
+    assert kept_in(0, 10, forget_rate=0.5, ramp=0.001) == 5
+
+
+def test_co_teaching_predicts_with_the_first_network_alone(pair: tuple[nn.Module, nn.Module]) -> None:
+    images = tiny_data().images
+    method = co_teaching(*pair).eval()
+    expected = copy.deepcopy(pair[0]).eval()(plain(images)).softmax(1)
+    torch.testing.assert_close(method.predict(images), expected)
