@@ -187,23 +187,27 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 BUILDER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import torch
 from data.cache import open_table
 from data.sources import RawTable, Source
 
-meeting = Path(sys.argv[1])
+meeting, flush = Path(sys.argv[1]), os.fsync
 
-def build():
+def meet_and_flush(file):
     (meeting / sys.argv[2]).touch()
     end = time.monotonic() + 60
-    while len(list(meeting.iterdir())) < 2:  # until both are building
-        assert time.monotonic() < end, "the other process does not build"
+    while len(list(meeting.iterdir())) < 2:  # until both have written and neither has renamed
+        assert time.monotonic() < end, "the other process does not write"
         time.sleep(0.001)
-    images = torch.arange(2_000_000).remainder(251).to(torch.uint8).view(-1, 1, 10, 10)
+    flush(file)
+
+def build():
+    images = torch.arange(20_000).remainder(251).to(torch.uint8).view(-1, 1, 10, 10)
     return RawTable(images, torch.arange(len(images)) % 10, None)
 
+os.fsync = meet_and_flush
 table = open_table(Source("shared", build, num_classes=10, defaults={}, confusions={}))
 assert int(table.images[1, 0, 0, 1]) == 101
 print(table.checksum)
