@@ -1,0 +1,252 @@
+"""The command line: launch, resume, best, retrain, train, list, stop, ui."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXAMPLES = """examples:
+  python search.py launch first --method alr --trials 24        a sweep over ALR on digits with 40 % symmetric noise
+  python search.py resume first --trials 48                     go on after an interruption, or extend
+  python search.py best first                                   the leaderboard, also while it runs
+  python search.py retrain first --top 3 --seeds 5              the best configurations again, over seeds
+  python search.py ui                                           the runs in MLflow's pages
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see: {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Flags for fields of SweepSpec; values are read and checked by the spec itself."""
+    from tune.spec import FIELDS
+
+    for name in names:
+        flag, meaning = "--" + name.replace("_", "-"), FIELDS[name].metadata["meaning"]
+        default = FIELDS[name].default
+        shown = f" (default: {default})" if isinstance(default, (int, float)) and default else ""
+        if name in ("set", "range"):
+            parser.add_argument(flag, action="append", metavar="NAME=...", help=meaning)
+        else:
+            parser.add_argument(flag, metavar=name.split("_")[0].upper(), help=meaning + shown)
+
+
+def build_parser() -> Parser:
+    from tune.spec import EXECUTION, FIELDS
+
+    parser = Parser(
+        prog="search.py",
+        description="Hyperparameter search for learning with noisy labels.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def add(verb: str, help_text: str, named: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(verb, help=help_text, description=help_text)
+        if named:
+            sub.add_argument("name", metavar="NAME", help="the sweep")
+        sub.add_argument("--storage", default="runs", help="folder of the sweeps (default: runs)")
+        return sub
+
+    flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
+    sub = add("launch", "start a sweep")
+    sub.add_argument("--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE; flags win over it")
+    sub.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    add_spec_flags(sub, flags)
+    sub = add("resume", "go on with a sweep: finish it, or extend it with a larger --trials")
+    add_spec_flags(sub, ["trials", *(name for name in flags if name in EXECUTION)])
+    sub = add("best", "the leaderboard, also while the sweep runs")
+    sub.add_argument("--top", default="10", help="how many rows (default: 10)")
+    sub.add_argument("--json", action="store_true", help="every trial as JSON, best first")
+    sub.add_argument("--rungs", action="store_true", help="what stands at each rung of ASHA")
+    sub = add("retrain", "train the best configurations again, over seeds, and report clean test accuracy")
+    sub.add_argument("--top", default="3", help="how many configurations (default: 3)")
+    sub.add_argument("--seeds", default="3", help="seeds of each (default: 3)")
+    sub.add_argument("--json", action="store_true", help="print the table as JSON")
+    sub = add("train", "one run, without Ray: a best_config.yaml, or a method and its values", named=False)
+    sub.add_argument("config", nargs="?", metavar="best_config.yaml", help="a configuration that a sweep wrote")
+    train_flags = ["method", "data", "noise", "model", "epochs", "seed", "set"]
+    add_spec_flags(sub, train_flags)
+    add("list", "the sweeps in the storage", named=False)
+    add("stop", "stop a running sweep, as Ctrl-C does")
+    sub = add("ui", "MLflow's pages on this machine", named=False)
+    sub.add_argument("--port", default="5000", help="port on 127.0.0.1 (default: 5000)")
+    return parser
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The spec fields that were given as flags, read and checked."""
+    from tune.spec import FIELDS, read_field
+
+    return {name: read_field(name, v) for name, v in vars(options).items() if name in FIELDS and v is not None}
+
+
+def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
+    """ValueError where ``text`` is no integer from ``low`` to ``high``."""
+    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+        raise ValueError(f"{flag}: {text!r} is not allowed; it must be an integer from {low} to {high}")
+    return int(text)
+
+
+def launch(options: argparse.Namespace) -> int:
+    from tune.spec import make_spec, read_yaml
+
+    values = read_yaml(Path(options.spec)) if options.spec else {}
+    spec = make_spec(values | given(options))
+    from tune import sweep
+
+    code = sweep.launch(options.name, Path(options.storage), spec, dry_run=options.dry_run)
+    if not options.dry_run:
+        show(options.name, options.storage, 10)
+    return code
+
+
+def resume(options: argparse.Namespace) -> int:
+    from tune import sweep
+
+    code = sweep.resume(options.name, Path(options.storage), given(options))
+    show(options.name, options.storage, 10)
+    return code
+
+
+def retrain(options: argparse.Namespace) -> int:
+    top, num_seeds = whole_number("--top", options.top, 1), whole_number("--seeds", options.seeds, 1)
+    from tune import sweep
+    from tune.ledger import RETRAIN, Ledger
+    from tune.report import retrain_rows, retrain_text
+    from tune.spec import Sweep
+
+    if options.json:
+        stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
+        try:
+            code = sweep.retrain(options.name, Path(options.storage), top=top, num_seeds=num_seeds)
+        finally:
+            sys.stdout = stdout
+    else:
+        code = sweep.retrain(options.name, Path(options.storage), top=top, num_seeds=num_seeds)
+    ledger = Ledger(Sweep.find(Path(options.storage), options.name), RETRAIN, read_only=True)
+    print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
+    return code
+
+
+def best(options: argparse.Namespace) -> int:
+    top = whole_number("--top", options.top, 1)
+    if not (options.json or options.rungs):
+        show(options.name, options.storage, top)
+        return 0
+    from tune.ledger import Ledger
+    from tune.report import rows, rungs
+    from tune.spec import Sweep
+    from tune.tracker import noted_runs
+
+    sweep = Sweep.find(Path(options.storage), options.name)
+    ledger = Ledger(sweep, read_only=True)
+    board = rows(ledger, noted_runs(sweep.folder))
+    if options.rungs:
+        print(json.dumps({"rungs": rungs(ledger), "trials": board} if options.json else rungs(ledger), indent=1))
+    else:
+        print(json.dumps(board, indent=1))
+    return 0
+
+
+def show(name: str, storage: str, top: int) -> None:
+    """Prints the leaderboard, and where to go from there."""
+    from tune.ledger import Ledger
+    from tune.report import leaderboard_text
+    from tune.spec import Sweep
+    from tune.tracker import noted_runs
+
+    sweep = Sweep.find(Path(storage), name)
+    print(leaderboard_text(Ledger(sweep, read_only=True), noted_runs(sweep.folder), top))
+
+
+def train(options: argparse.Namespace) -> int:
+    from training.fit import Diverged
+    from tune.recipes import from_flags, from_yaml
+
+    flags = given(options)
+    if options.config and flags:
+        raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
+    recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
+    from training.experiment import Experiment
+
+    experiment = Experiment(recipe)
+    print(f"{recipe.method} on {recipe.data}, noise {recipe.noise}, network {recipe.model}, {recipe.epochs} epochs")
+    try:
+        for record in experiment:
+            test = record.metrics.get("test/accuracy")
+            tail = f"  test {100 * test:.2f}" if test is not None else ""
+            loss, val = record.metrics["train/loss"], 100 * record.metrics["val/accuracy"]
+            print(f"epoch {record.epoch:4d}  loss {loss:.4f}  val {val:.2f}{tail}", flush=True)
+    except Diverged as error:
+        print(f"error: the run diverged: {error}", file=sys.stderr)
+        return 1
+    print(f"objective (noisy validation accuracy, mean over the last tenth): {100 * experiment.history[-1].objective:.2f}")
+    return 0
+
+
+def list_sweeps(options: argparse.Namespace) -> int:
+    from tune.report import sweep_lines
+
+    for line in sweep_lines(Path(options.storage)):
+        print(line)
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    from tune import sweep
+
+    return sweep.stop(options.name, Path(options.storage))
+
+
+def ui(options: argparse.Namespace) -> int:
+    port = whole_number("--port", options.port, 1, 65535)
+    from tune.tracker import quiet, tracking_uri
+
+    storage = Path(options.storage)
+    if not (storage / "mlflow.db").is_file():
+        raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
+    quiet()
+    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(storage, "")]
+    os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])
+
+
+VERBS = {
+    "launch": launch,
+    "resume": resume,
+    "best": best,
+    "retrain": retrain,
+    "train": train,
+    "list": list_sweeps,
+    "stop": stop,
+    "ui": ui,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = build_parser().parse_args(arguments)
+        return VERBS[options.verb](options)
+    except BrokenPipeError:  # the reader of our output went away
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

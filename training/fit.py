@@ -1,0 +1,103 @@
+"""One trial's training loop: a generator of epochs, with no knowledge of Ray, of a search, or of files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset
+from data.seeds import derive
+from methods.base import Clock, Method
+from training.statistics import RefinementStatistics
+
+EVALUATION_BATCH = 4096
+
+
+class Diverged(ArithmeticError):
+    """The loss or the predictions of a trial are no longer finite numbers."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """``number`` epochs are done; ``metrics`` by name, all finite."""
+
+    number: int
+    metrics: dict[str, float]
+
+
+def fit(
+    method: Method[Any],
+    dataset: Dataset,
+    statistics: RefinementStatistics,
+    *,
+    epochs: int,
+    seed: int,
+    start: int = 0,
+    test_at: Container[int] = (),
+) -> Iterator[Epoch]:
+    """Trains from epoch ``start`` to ``epochs`` (the full budget) and yields after each epoch, when state can be saved.
+
+    All randomness of an epoch follows from (``seed``, epoch), so a method restored from its state goes on bit for bit.
+    Clean test accuracy is measured at the epochs in ``test_at``. Raises :class:`Diverged`.
+    """
+    for done in range(start, epochs):
+        clock = Clock(done, epochs)
+        torch.manual_seed(derive("epoch", seed, done))
+        began = time.perf_counter()
+        metrics = _train(method, dataset, statistics, clock)
+        trained = time.perf_counter() - began
+        number = done + 1
+        if not statistics.observed and number in test_at:
+            statistics.probabilities = predict(method, dataset.train.images)
+        metrics |= {
+            "lr": method.learning_rate(clock),
+            "val/accuracy": accuracy(method, dataset.validation.images, dataset.validation.labels),
+        }
+        if dataset.test is not None and number in test_at:
+            metrics["test/accuracy"] = accuracy(method, dataset.test.images, dataset.test.labels)
+        metrics |= statistics.finish(method.refined_labels())
+        metrics["seconds"] = time.perf_counter() - began
+        metrics["samples_per_second"] = len(dataset.train) / trained
+        yield Epoch(number, metrics)
+
+
+def _train(
+    method: Method[Any], dataset: Dataset, statistics: RefinementStatistics, clock: Clock
+) -> dict[str, float]:
+    """One epoch of updates. Sums stay on the device; the host reads them once."""
+    method.train()
+    statistics.start()
+    sums: dict[str, Tensor] = {}
+    num_seen = 0
+    for batch in method.batches(dataset.train, clock):
+        step = method.step(batch, clock)
+        statistics.observe(step)
+        num_seen += len(step.index)
+        for name, value in {"train/loss": step.loss, **step.scalars}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(step.index)
+    metrics = {name: float(value) / num_seen for name, value in sums.items()}
+    for name, mean in metrics.items():
+        if not math.isfinite(mean):
+            raise Diverged(f"{name} is {mean} in epoch {clock.epoch + 1}")
+    return metrics
+
+
+def predict(method: Method[Any], images: Tensor) -> Tensor:
+    """Probabilities [N, K] of uint8 images [N, C, H, W], in evaluation mode. Raises :class:`Diverged`."""
+    method.eval()
+    with torch.no_grad():
+        probabilities = torch.cat([method.predict(part) for part in images.split(EVALUATION_BATCH)])  # type: ignore[no-untyped-call]
+    if not bool(probabilities.isfinite().all()):
+        raise Diverged("a prediction is not a finite number")
+    return probabilities
+
+
+def accuracy(method: Method[Any], images: Tensor, labels: Tensor) -> float:
+    """Share of ``images`` whose most probable class is the label, in [0, 1]."""
+    return float((predict(method, images).argmax(dim=1) == labels).float().mean())

@@ -1,0 +1,196 @@
+"""The driver's decisions, without Ray: who runs next, what a result means, when the sweep is over.
+
+Ray's searcher and scheduler are two doors into this one object; a test walks in by them with no cluster behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optuna.trial import TrialState
+
+from training.experiment import EpochRecord
+from tune.ledger import SWEEP, Ledger, Record
+from tune.recipes import of_trial
+from tune.rungs import Rungs
+from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES
+
+Finished = Literal["finished"]
+FINISHED: Finished = "finished"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a trial ended: what the study will be told."""
+
+    state: TrialState
+    diverged: bool = False
+    error: str = ""
+
+
+class Desk:
+    """Hands out trials up to a budget and ends them. ``concurrent`` trials at a time, ``total`` that count."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        total: int,
+        concurrent: int,
+        on_event: Callable[[str, Record], None] = lambda event, record: None,
+    ) -> None:
+        self.ledger = ledger
+        self.total = total
+        self.concurrent = concurrent
+        self.on_event = on_event  # "started", "lost" or "ended", and the trial
+        self.rungs = Rungs(ledger)
+        self.live: dict[str, Record] = {}  # by the executor's id
+        self.verdicts: dict[int, Verdict] = {}
+        self.waiting: deque[Record] = deque()
+        self.halted = threading.Event()  # no new trial, and none goes on
+        self.problem = ""  # why the sweep stopped itself
+        self.failures_in_row = 0
+        self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
+        self._drop_stray_checkpoints()
+        for record in ledger.unfinished():
+            self._settle(record)
+
+    def _settle(self, record: Record) -> None:
+        """A trial that lost its process: finished if its last epoch decides it, else first in line."""
+        if record.epochs and (verdict := self._judge(record, record.epochs)):
+            self._end(record, verdict)
+        else:
+            self.waiting.append(record)
+
+    # -- handing out --------------------------------------------------------------------------------------------------
+
+    def num_counted(self) -> int:
+        """Trials that count towards the budget: in a sweep a failed one is made up for, in a retraining it is not."""
+        states = [TrialState.COMPLETE, TrialState.PRUNED]
+        return self.ledger.count(*states, *([] if self.ledger.kind == SWEEP else [TrialState.FAIL]))
+
+    def next(self, executor_id: str) -> Record | Finished | None:
+        """The next trial to run; None: not now; FINISHED: the budget is spent."""
+        if self.halted.is_set():
+            return FINISHED
+        if len(self.live) >= self.concurrent:
+            return None
+        if self.waiting:
+            record = self.waiting.popleft()
+        elif self.num_counted() + len(self.live) < self.total:
+            try:
+                record = self.ledger.ask()
+            except OSError as error:
+                return self._halt(f"the ledger cannot be written: {error}")
+        else:
+            return None if self.live else FINISHED
+        self.live[executor_id] = record
+        self.on_event("started", record)
+        return record
+
+    def config(self, record: Record) -> dict[str, Any]:
+        """What an actor needs to run the trial: plain values only."""
+        spec = self.ledger.sweep.spec
+        return {
+            "number": record.number,
+            "recipe": vars(of_trial(self.ledger, record)),
+            "folder": str(self.ledger.checkpoints / str(record.number)),
+            "rungs": list(self.rungs.values),
+            "reported": record.epochs,
+            "checkpoint_seconds": spec.checkpoint_seconds,
+            "report_seconds": spec.report_seconds,
+            "cpus": spec.cpus_per_trial,
+            "gpus": spec.gpus_per_trial,
+        }
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def result(self, executor_id: str, epochs: list[EpochRecord], *, failure: str | None, diverged: bool) -> bool:
+        """Records what a trial reports and returns whether it goes on."""
+        record = self.live[executor_id]
+        try:
+            new = self.ledger.report(record, epochs)
+        except OSError as error:
+            self._halt(f"the ledger cannot be written: {error}")
+            return False
+        for epoch in new:
+            verdict = self._judge(record, epoch.epoch)
+            if verdict:
+                self.verdicts[record.number] = verdict
+                return False
+        if failure:
+            self.verdicts[record.number] = Verdict(TrialState.FAIL, error=failure)
+        elif diverged:
+            self.verdicts[record.number] = Verdict(TrialState.PRUNED, diverged=True)
+        return not (failure or diverged or self.halted.is_set())
+
+    def _judge(self, record: Record, epoch: int) -> Verdict | None:
+        if epoch >= self.ledger.sweep.spec.epochs:
+            return Verdict(TrialState.COMPLETE)
+        return Verdict(TrialState.PRUNED) if self.rungs.stops(record, epoch) else None
+
+    def ended(self, executor_id: str) -> None:
+        """The executor has let go of a trial. Without a verdict it was interrupted, and stays as it is."""
+        record = self.live.pop(executor_id, None)
+        verdict = self.verdicts.pop(record.number, None) if record else None
+        if record and verdict:
+            self._end(record, verdict)
+
+    def lost(self, executor_id: str) -> None:
+        """The executor has lost a trial's process: first in line again, or failed when it was lost too often."""
+        record = self.live.pop(executor_id, None)
+        if record is None:
+            return
+        try:
+            if self.ledger.lost(record):
+                self.waiting.appendleft(record)
+                self.on_event("lost", record)
+            else:
+                self._finish(record)
+        except OSError as error:
+            self._halt(f"the ledger cannot be written: {error}")
+
+    def _end(self, record: Record, verdict: Verdict) -> None:
+        try:
+            if verdict.state is TrialState.COMPLETE:
+                self.ledger.complete(record)
+            elif verdict.state is TrialState.PRUNED:
+                self.ledger.prune(record, diverged=verdict.diverged)
+            else:
+                self.ledger.fail(record, verdict.error)
+        except OSError as error:
+            self._halt(f"the ledger cannot be written: {error}")
+            return
+        self._finish(record)
+
+    def _finish(self, record: Record) -> None:
+        """After a trial's state is in the ledger: failures in a row, the checkpoint that is no longer needed, the display."""
+        self.failures_in_row = self.failures_in_row + 1 if record.state is TrialState.FAIL else 0
+        if self.failures_in_row >= MAX_FAILURES:
+            reason = record.attrs["summary"]["error"].strip().splitlines()[-1]
+            self._halt(f"{MAX_FAILURES} trials in a row failed; the last one: {reason}")
+        dropped = [record]
+        if record.state is TrialState.COMPLETE:
+            self.top = sorted([*self.top, record], key=lambda r: (-(r.value or 0.0), r.number))
+            dropped, self.top = self.top[KEPT_CHECKPOINTS:], self.top[:KEPT_CHECKPOINTS]
+        for unneeded in dropped:
+            shutil.rmtree(self.ledger.checkpoints / str(unneeded.number), ignore_errors=True)
+        self.on_event("ended", record)
+
+    def _drop_stray_checkpoints(self) -> None:
+        """Removes checkpoints that a kill left behind: of finished trials that are not among the best few."""
+        kept = {str(record.number) for record in [*self.ledger.unfinished(), *self.top]}
+        if self.ledger.checkpoints.is_dir():
+            for folder in self.ledger.checkpoints.iterdir():
+                if folder.name not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _halt(self, problem: str) -> Finished:
+        self.problem = self.problem or problem
+        self.halted.set()
+        return FINISHED

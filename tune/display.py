@@ -1,0 +1,85 @@
+"""What a user sees while a sweep runs: a live table where there is a terminal, else a line per event."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tune.ledger import Ledger, Record
+from tune.report import COLUMNS, cells, rows
+
+REFRESH = 0.5
+SHOWN = 12
+
+
+class Display:
+    """Prints a trial's start, end and lost process; on a terminal the leaderboard stands below and moves."""
+
+    def __init__(self, ledger: Ledger, total: int) -> None:
+        self.ledger = ledger
+        self.total = total
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.live: Live | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="display", daemon=True)
+        self.began = time.monotonic()
+
+    def __enter__(self) -> Display:
+        if sys.stdout.isatty():
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self.live:
+            self._thread.join()
+            self.live.stop()
+
+    def event(self, kind: str, record: Record) -> None:
+        """``started``, ``ended`` or ``lost``."""
+        if kind == "started":
+            if record.epochs:
+                self.line(f"trial {record.number} {record.method} goes on from epoch {record.epochs}")
+        elif kind == "lost":
+            self.line(f"trial {record.number} lost its process after epoch {record.epochs}; it will be run again")
+        else:
+            self.line(self._ended(record))
+
+    def _ended(self, record: Record) -> str:
+        value = f"val {100 * record.value:.2f}" if record.value is not None else "no epoch"
+        best = self.ledger.best()
+        lead = f"best {100 * best.value:.2f} (trial {best.number})" if best and best.value is not None else "none complete"
+        num_done = sum(other.finished and other.word != "failed" for other in self.ledger.records.values())
+        text = f"trial {record.number} {record.method} {record.word} after {record.epochs} epochs, {value}"
+        if record.word == "failed":
+            text += f": {record.attrs['summary']['error'].strip().splitlines()[-1]}"
+        return f"{text} | {num_done}/{self.total} trials, {lead}, {time.monotonic() - self.began:.0f} s"
+
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _refresh(self) -> None:
+        assert self.live is not None
+        while not self._stop.wait(REFRESH):
+            self.live.update(self.table(), refresh=True)
+
+    def table(self) -> Table:
+        """The running trials, then the best of the finished ones."""
+        board = rows(self.ledger, {})
+        shown = [row for row in board if row["state"] == "running"] + [row for row in board if row["state"] != "running"]
+        table = Table(title=f"{self.ledger.sweep.name}: {len(board)} of {self.total} trials begun")
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if column in ("trial", "val", "test", "epochs", "seconds") else "left")
+        for row in shown[:SHOWN]:
+            table.add_row(*cells(row), style="dim" if row["state"] in ("stopped", "failed", "diverged") else "")
+        return table

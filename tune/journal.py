@@ -1,0 +1,111 @@
+"""Append-only files of JSON lines that survive a kill, a torn last line and a full disk, and Optuna's journal on top.
+
+A record is one line, and it exists once its newline is on disk. Whoever writes holds ``flock``, which the kernel releases with
+the process, first cuts what a dead writer left after the last newline, and takes back its own bytes if a write fails. The
+format is that of Optuna's own journal file, so its reader and its dashboard open it; Optuna's file backend is not used because
+a torn line makes its file unreadable and its lock outlives its owner.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import BaseJournalBackend
+
+TAIL = 1 << 16
+
+
+class DamagedFile(ValueError):
+    """A line that is not the torn last one cannot be read: nothing here is allowed to guess what it said."""
+
+
+class LineFile:
+    """A file of JSON lines. Reading never changes it; :meth:`append` is durable when it returns. ``fsync`` can be left out."""
+
+    def __init__(self, path: Path, *, fsync: bool = True) -> None:
+        self.path = path
+        self.fsync = fsync
+        self.offset = 0  # where the next read starts
+        self.line = 0  # how many lines lie before it
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Adds records as one write. OSError where the disk does not take it; the file is then as it was before."""
+        data = b"".join(json.dumps(record, separators=(",", ":")).encode() + b"\n" for record in records)
+        with self._locked() as descriptor:
+            end = self._cut_torn_tail(descriptor)
+            try:
+                self._write(descriptor, data)
+            except OSError:
+                os.ftruncate(descriptor, end)
+                raise
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records that were added since the last read. DamagedFile for a complete line that is no record."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # being written, or torn
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise DamagedFile(f"{self.path}: line {self.line + 1} is damaged; the file was left as it is")
+                self.offset += len(line)
+                self.line += 1
+                yield record
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)  # and with it the lock
+
+    def _cut_torn_tail(self, descriptor: int) -> int:
+        """Removes what follows the last newline and returns the length of what is left."""
+        end = size = os.fstat(descriptor).st_size
+        while end > 0:
+            start = max(0, end - TAIL)
+            newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            os.ftruncate(descriptor, end)
+        return end
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        if self.fsync:
+            os.fsync(descriptor)
+
+
+class JournalFile(BaseJournalBackend):
+    """Optuna's journal in a :class:`LineFile`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        if log_number_from < self._file.line:
+            self._file.offset = self._file.line = 0
+        for number, record in enumerate(self._file.read(), self._file.line):
+            if number >= log_number_from:
+                yield record
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self._file.append(logs)

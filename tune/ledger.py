@@ -1,0 +1,248 @@
+"""The sweep's durable record: an Optuna study, what hangs on its trials, and every epoch's metrics beside it.
+
+Order of writing: an epoch's metrics first, then its value in the study; at a trial's end its summary first, then its state. A
+trial is finished when its state says so, so whatever a kill cuts off is either done again or done already, never half done.
+A trial that lost its process stays RUNNING and is handed out again under its own number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.study._study_direction import StudyDirection
+from optuna.trial import TrialState
+
+from data.seeds import derive
+from hparams import Value
+from training.experiment import EpochRecord
+from tune.journal import JournalFile, LineFile
+from tune.space import Space
+from tune.spec import MAX_LOST, Sweep
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SWEEP, RETRAIN = "sweep", "retrain"
+
+
+@dataclass
+class Record:
+    """One trial as the driver keeps it: identity, configuration, and how far it is. Values by epoch are the objective."""
+
+    number: int
+    trial_id: int
+    state: TrialState
+    method: str
+    values: dict[str, Value]
+    params: dict[str, Value]
+    attrs: dict[str, Any]
+    objectives: dict[int, float] = field(default_factory=dict)
+    epochs: int = 0  # the last epoch whose value is in the ledger; 0 before the first
+    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each name
+    seconds: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def value(self) -> float | None:
+        return self.objectives.get(self.epochs)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.is_finished()
+
+    @property
+    def word(self) -> str:
+        """``complete``, ``stopped`` (by ASHA), ``diverged``, ``failed`` or ``running``."""
+        if self.attrs.get("summary", {}).get("diverged"):
+            return "diverged"
+        words = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+        return words.get(self.state, "running")
+
+
+class Ledger:
+    """The only writer of a study while a sweep runs. ``kind`` is the sweep itself or its retraining, in the same journal.
+
+    ``read_only`` looks at it, while another process may be writing, and changes nothing. Raises ValueError where a file is
+    damaged or the study is missing.
+    """
+
+    def __init__(self, sweep: Sweep, kind: str = SWEEP, *, create: bool = False, read_only: bool = False) -> None:
+        self.sweep = sweep
+        self.kind = kind
+        self.read_only = read_only
+        self.space = Space(sweep.spec)
+        folder = sweep.folder if kind == SWEEP else sweep.folder / kind
+        self.checkpoints = folder / "checkpoints"
+        self.metrics = LineFile(folder / "metrics.jsonl")
+        self.records: dict[int, Record] = {}
+        self.states: Counter[TrialState] = Counter()
+        self.lock = threading.RLock()  # the tracker reads from its own thread
+        storage = optuna.storages.JournalStorage(JournalFile(sweep.folder / "journal.log"))
+        known = {study.study_name for study in storage.get_all_studies()}
+        if create and kind not in known:
+            storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
+        elif kind not in known:
+            raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
+        self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._sampler(storage))
+        self._read()
+
+    def _sampler(self, storage: optuna.storages.BaseStorage) -> optuna.samplers.BaseSampler:
+        """A sampler whose random numbers go on from the number of trials, so that a resumed search does not repeat itself."""
+        study_id = storage.get_study_id_from_name(self.kind)
+        seed = derive("sampler", self.sweep.spec.seed, storage.get_n_trials(study_id)) % 2**32
+        if self.sweep.spec.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group= has been so for years
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=True, group=len(self.sweep.spec.method) > 1
+            )
+
+    def _read(self) -> None:
+        """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state is not TrialState.WAITING:
+                self._adopt(trial)
+        for line in self.metrics.read():
+            record = self.records.get(line["trial"])
+            if record is None:
+                continue
+            epoch = EpochRecord(line["epoch"], line["time"], line["objective"], line["metrics"])
+            if epoch.epoch not in record.objectives and not record.finished and not self.read_only:
+                self._set_objective(record, epoch)
+            self._note(record, epoch)
+
+    def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
+        """A record for a stored trial; one whose proposal was cut off gets the rest of its parameters."""
+        if trial.state is TrialState.RUNNING and self.read_only:
+            method, values = trial.params.get("method", self.space.methods[0]), {}
+        elif trial.state is TrialState.RUNNING:
+            method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+            trial = self.study._storage.get_trial(trial._trial_id)
+        else:
+            method, values = self.space.read(trial.params)
+        assert trial.datetime_start is not None
+        record = Record(
+            trial.number,
+            trial._trial_id,
+            trial.state,
+            method,
+            values,
+            dict(trial.params),
+            dict(trial.user_attrs),
+            dict(trial.intermediate_values),
+            max(trial.intermediate_values, default=0),
+            started=trial.datetime_start.timestamp(),
+            ended=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
+        )
+        with self.lock:
+            self.records[record.number] = record
+            self.states[record.state] += 1
+        return record
+
+    # -- proposing ----------------------------------------------------------------------------------------------------
+
+    def enqueue(self, params: dict[str, Value], attrs: dict[str, Any] | None = None) -> None:
+        """Makes ``params`` one of the next trials."""
+        self.study.enqueue_trial(params, user_attrs=attrs)
+
+    def ask(self) -> Record:
+        """The next trial: an enqueued one first, else the sampler's proposal."""
+        return self._adopt(self.study._storage.get_trial(self.study.ask()._trial_id))
+
+    def count(self, *states: TrialState) -> int:
+        return sum(self.states[state] for state in states)
+
+    def unfinished(self) -> list[Record]:
+        return [record for record in self.records.values() if not record.finished]
+
+    def seed(self, record: Record) -> int:
+        """Initialisation and order of a trial: from (sweep seed, trial number), or what retraining asked for."""
+        asked = record.attrs.get("seed")
+        return derive("trial", self.sweep.spec.seed, record.number if asked is None else f"retrain-{asked}")
+
+    # -- recording ----------------------------------------------------------------------------------------------------
+
+    def report(self, record: Record, epochs: Iterable[EpochRecord]) -> list[EpochRecord]:
+        """Writes the epochs that the ledger lacks, metrics first, and returns them. OSError where the disk takes nothing."""
+        new = [epoch for epoch in epochs if epoch.epoch not in record.objectives]
+        if new:
+            self.metrics.append([{"trial": record.number, **dataclasses.asdict(epoch)} for epoch in new])
+        for epoch in new:
+            self._set_objective(record, epoch)
+            self._note(record, epoch)
+        return new
+
+    def _set_objective(self, record: Record, epoch: EpochRecord) -> None:
+        self.study._storage.set_trial_intermediate_value(record.trial_id, epoch.epoch, epoch.objective)
+        record.objectives[epoch.epoch] = epoch.objective
+        record.epochs = max(record.epochs, epoch.epoch)
+
+    def _note(self, record: Record, epoch: EpochRecord) -> None:
+        record.metrics.update(epoch.metrics)
+        record.seconds += epoch.metrics["seconds"]
+
+    def complete(self, record: Record) -> None:
+        assert record.value is not None
+        self._tell(record, TrialState.COMPLETE, values=[record.value])
+
+    def prune(self, record: Record, *, diverged: bool = False) -> None:
+        """Stopped early at its last epoch; ``diverged`` where that was because its numbers were no longer finite."""
+        self._tell(record, TrialState.PRUNED, diverged=diverged)
+
+    def fail(self, record: Record, error: str) -> None:
+        """Failed for good, with the traceback or the reason."""
+        self._tell(record, TrialState.FAIL, error=error)
+
+    def _tell(self, record: Record, state: TrialState, values: list[float] | None = None, **attrs: Any) -> None:
+        summary = {
+            "epochs": record.epochs,
+            "seconds": record.seconds,
+            "test_accuracy": record.metrics.get("test/accuracy"),
+            **{name: value for name, value in attrs.items() if value},
+        }
+        self._set_attr(record, "summary", summary)
+        self.study.tell(record.number, values=values, state=state)
+        ended = self.study._storage.get_trial(record.trial_id).datetime_complete
+        assert ended is not None
+        with self.lock:
+            self.states[record.state] -= 1
+            self.states[state] += 1
+            record.state, record.ended = state, ended.timestamp()
+
+    def lost(self, record: Record) -> bool:
+        """Counts a lost process. Returns whether the trial may run again; otherwise it has failed."""
+        count = record.attrs.get("lost", 0) + 1
+        self._set_attr(record, "lost", count)
+        if count < MAX_LOST:
+            return True
+        self.fail(record, f"lost its process {count} times; the last epoch reported was {record.epochs}")
+        return False
+
+    def _set_attr(self, record: Record, key: str, value: Any) -> None:
+        self.study._storage.set_trial_user_attr(record.trial_id, key, value)
+        record.attrs[key] = value
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def leaderboard(self) -> list[Record]:
+        """Best first: complete trials by value, then those stopped early by (epoch, value), then running, then failed."""
+        order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
+
+        def key(record: Record) -> tuple[int, int, float, int]:
+            epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
+            return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number
+
+        with self.lock:
+            return sorted(self.records.values(), key=key)
+
+    def best(self) -> Record | None:
+        """The best complete trial; None before the first."""
+        first = next(iter(self.leaderboard()), None)
+        return first if first and first.state is TrialState.COMPLETE else None

@@ -1,0 +1,75 @@
+"""Recipes from a sweep's trial, from flags, and from a ``best_config.yaml``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hparams import declared
+from methods import find_method
+from training.experiment import Recipe
+from tune.ledger import Ledger, Record
+from tune.space import Space
+from tune.spec import SweepSpec, make_spec, read_field
+
+
+def of_trial(ledger: Ledger, record: Record) -> Recipe:
+    """All that a trial's numbers depend on. A retrained trial draws its noise anew."""
+    noise_seed = ledger.sweep.spec.noise_seed + record.attrs.get("noise_draw", 0)
+    return _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
+
+
+def default_recipe(spec: SweepSpec, method: str) -> Recipe:
+    """A method at its fixed and default values, with the sweep's own seed."""
+    space = Space(dataclasses.replace(spec, method=(method,), range={}))
+    defaults, _ = space.defaults(method, spec)
+    return _recipe(spec, method, space.read(defaults)[1], seed=spec.seed, noise_seed=spec.noise_seed)
+
+
+def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: int, noise_seed: int) -> Recipe:
+    return Recipe(
+        method=method,
+        values=dict(values),
+        data=spec.data,
+        noise=spec.noise,
+        model=spec.model,
+        epochs=spec.epochs,
+        seed=seed,
+        noise_seed=noise_seed,
+        split_seed=spec.split_seed,
+        validation_fraction=spec.validation_fraction,
+    )
+
+
+def from_flags(flags: Mapping[str, Any]) -> Recipe:
+    """What ``train`` runs for flags. ValueError names what is wrong."""
+    spec = make_spec(flags)
+    if len(spec.method) != 1:
+        raise ValueError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
+    Space(spec)
+    return default_recipe(spec, spec.method[0])
+
+
+def from_yaml(path: Path) -> Recipe:
+    """What ``train`` runs for a file that a sweep wrote. ValueError names what is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    if not isinstance(content, dict) or set(content) != set(names) or not isinstance(content.get("values"), dict):
+        raise ValueError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
+    known = declared(find_method(str(content["method"])).Config)
+    values = {}
+    for name, value in content.pop("values").items():
+        if name not in known:
+            raise ValueError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
+        values[name] = known[name].parse(value)
+    method = str(content.pop("method"))
+    fields = {name: read_field(name, value) for name, value in content.items()}
+    make_spec({**fields, "method": (method,)})
+    return Recipe(method=method, values=values, **fields)

@@ -1,0 +1,190 @@
+"""What a sweep found, for people and for programs: leaderboard, best configuration, plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import TrialState
+
+from tune.ledger import Ledger, Record
+from tune.recipes import of_trial
+from tune.rungs import Rungs
+from tune.spec import Sweep, sweep_names
+
+
+def rows(ledger: Ledger, runs: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The leaderboard, best first, as ``best --json`` prints it: ``value`` is noisy validation accuracy."""
+    return [_row(record, runs.get(record.number)) for record in ledger.leaderboard()]
+
+
+def _row(record: Record, run_id: str | None) -> dict[str, Any]:
+    summary = record.attrs.get("summary", {})
+    extra: dict[str, Any] = {key: record.attrs[key] for key in ("source", "seed") if key in record.attrs}
+    return {
+        "trial": record.number,
+        "method": record.method,
+        "state": record.word,
+        "value": record.value,
+        "epochs": record.epochs,
+        "seconds": round(record.seconds, 3),
+        "params": {name: value for name, value in record.params.items() if name != "method"},
+        "mlflow_run_id": run_id,
+        "test_accuracy": summary.get("test_accuracy", record.metrics.get("test/accuracy")),
+        "error": summary.get("error"),
+        **extra,
+    }
+
+
+def rungs(ledger: Ledger) -> dict[str, dict[str, float]]:
+    """What stands at each rung of ASHA: epoch -> trial -> value."""
+    return {
+        str(epoch): {str(number): standing[number] for number in sorted(standing)}
+        for epoch, standing in Rungs(ledger).values.items()
+    }
+
+
+def short(value: object) -> str:
+    """A value in a table: four significant digits of a float, a dash for nothing."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _params(row: Mapping[str, Any]) -> str:
+    return " ".join(f"{name.removeprefix(row['method'] + '.')}={short(value)}" for name, value in row["params"].items())
+
+
+COLUMNS = ("trial", "method", "state", "val", "test", "epochs", "seconds", "parameters")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A leaderboard row as text, in the order of ``COLUMNS``."""
+    percents = [f"{100 * row[key]:.2f}" if row[key] is not None else "-" for key in ("value", "test_accuracy")]
+    lead = [str(row["trial"]), row["method"], row["state"]]
+    return [*lead, *percents, str(row["epochs"]), f"{row['seconds']:.1f}", _params(row)]
+
+
+def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    """Aligned columns; words to the left, numbers to the right, a rule under the header."""
+    widths = [max(len(line[i]) for line in [list(header), *lines]) for i in range(len(header))]
+
+    def aligned(line: list[str]) -> str:
+        joined = [
+            word.rjust(width) if word.replace(".", "").replace("-", "").isdigit() else word.ljust(width)
+            for word, width in zip(line, widths, strict=True)
+        ]
+        return "  ".join(joined).rstrip()
+
+    return "\n".join([aligned(list(header)), "  ".join("-" * width for width in widths), *map(aligned, lines)])
+
+
+def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
+    """The leaderboard and what its columns mean."""
+    board = rows(ledger, runs)
+    table = text_table(COLUMNS, [cells(row) for row in board[:top]])
+    more = f"\n... and {len(board) - top} more" if len(board) > top else ""
+    return table + more + "\nval: noisy validation accuracy %, what the search selects on; test: clean test accuracy %"
+
+
+def markdown_table(board: list[dict[str, Any]]) -> str:
+    """The top of the leaderboard for the note on MLflow's run page."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in board]
+    return "\n".join(lines) + "\n\n*val* is noisy validation accuracy (%), *test* clean test accuracy (%)."
+
+
+def best_config_text(ledger: Ledger, record: Record) -> str:
+    """A trial's recipe as YAML, which ``search.py train`` runs again."""
+    held = vars(of_trial(ledger, record))
+    return f"# {ledger.sweep.name}, trial {record.number}\n" + yaml.safe_dump(dict(held), sort_keys=False)
+
+
+def plots_page(ledger: Ledger) -> str:
+    """One page with the search's history, learning curves, parameters and their importance; empty before two trials ended."""
+    if ledger.count(TrialState.COMPLETE) < 2:
+        return ""
+    from optuna import visualization as draw
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        figures = [draw.plot_optimization_history(ledger.study), draw.plot_intermediate_values(ledger.study)]
+        figures.append(draw.plot_parallel_coordinate(ledger.study))
+        complete = [trial for trial in ledger.study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
+        varied = len({trial.value for trial in complete}) > 1 and any(trial.params for trial in complete)
+        if varied:
+            figures.append(draw.plot_param_importances(ledger.study))
+    parts = [figure.to_html(full_html=False, include_plotlyjs=number == 0) for number, figure in enumerate(figures)]
+    return "<!doctype html><meta charset='utf-8'>" + "\n".join(parts)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for a single value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """One row per retrained configuration: clean test accuracy over its seeds, in the order of the sweep's leaderboard."""
+    groups: dict[int, list[Record]] = {}
+    for record in ledger.records.values():
+        if record.state is TrialState.COMPLETE:
+            groups.setdefault(record.attrs["source"], []).append(record)
+    found = []
+    for source, records in groups.items():
+        by_seed = {record.attrs["seed"]: record.attrs["summary"]["test_accuracy"] for record in records}
+        known = [value for value in by_seed.values() if value is not None]
+        mean, error = mean_and_error(known) if known else (math.nan, math.nan)
+        found.append(
+            {
+                "source": source,
+                "rank": records[0].attrs["rank"],
+                "method": records[0].method,
+                "seeds": len(records),
+                "test_accuracy": mean,
+                "standard_error": error,
+                "by_seed": {str(seed): by_seed[seed] for seed in sorted(by_seed)},
+                "params": {name: value for name, value in records[0].params.items() if name != "method"},
+            }
+        )
+    return sorted(found, key=lambda row: row["rank"])
+
+
+def retrain_text(ledger: Ledger) -> str:
+    """The retrained configurations as a table."""
+    lines = [
+        [
+            str(row["rank"]),
+            str(row["source"]),
+            row["method"],
+            str(row["seeds"]),
+            f"{100 * row['test_accuracy']:.2f}",
+            f"{100 * row['standard_error']:.2f}",
+            _params(row),
+        ]
+        for row in retrain_rows(ledger)
+    ]
+    header = ("rank", "trial", "method", "seeds", "test", "+-", "parameters")
+    return text_table(header, lines) + "\ntest: clean test accuracy %, mean over the seeds; +-: its standard error"
+
+
+def sweep_lines(storage: Path) -> list[str]:
+    """One line per sweep in a storage folder."""
+    lines = []
+    for name in sweep_names(storage):
+        sweep = Sweep.find(storage, name)
+        ledger = Ledger(sweep, read_only=True)
+        best = ledger.best()
+        value = f"{100 * best.value:.2f}" if best and best.value is not None else "-"
+        num_done = ledger.count(TrialState.COMPLETE, TrialState.PRUNED)
+        methods = ",".join(sweep.spec.method)
+        lines.append([name, methods, sweep.spec.data, sweep.spec.noise, f"{num_done}/{sweep.spec.trials}", value])
+    if not lines:
+        return [f"no sweeps in {storage}"]
+    return text_table(("sweep", "methods", "data", "noise", "trials", "best val"), lines).splitlines()

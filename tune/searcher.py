@@ -1,0 +1,47 @@
+"""Ray Tune's searcher door to the desk."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from tune.desk import FINISHED, Desk
+
+
+class LedgerSearcher(Searcher):
+    """Hands out trials that lost their process first, then asks Optuna; tells the study how a trial ended.
+
+    Tune's own trial ids last as long as one process of a trial; the ledger's numbers are what a user sees.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__()
+        self.desk = desk
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its searcher into its folder; nothing of ours belongs there
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        proposal = self.desk.next(trial_id)
+        if proposal is None:
+            return None
+        if proposal == FINISHED:
+            return Searcher.FINISHED
+        return {"trial": json.dumps(self.desk.config(proposal))}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if error:
+            self.desk.lost(trial_id)
+        else:
+            self.desk.ended(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the state."""

@@ -1,0 +1,114 @@
+"""Hyperparameters to Optuna's suggestions, define-by-run, and back.
+
+In the ledger a parameter is called ``field`` where a method takes it over unchanged from the base Config, so that methods share
+what they learn about it, and ``method.field`` where it is the method's own or the user gave that method its own value or range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import optuna
+
+from hparams import Hyperparameter, Range, Value, build, declared, inherited
+from methods import find_method
+from methods.base import Config
+from tune.spec import SweepSpec
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One field of one method: its name in the ledger, and either a fixed value or a range."""
+
+    field: str
+    name: str
+    declared: Hyperparameter
+    fixed: Value | None
+    range: Range | None
+
+
+class Space:
+    """The conditional space of a sweep's methods. Raises ValueError for a name, value or range that means nothing."""
+
+    def __init__(self, spec: SweepSpec) -> None:
+        self.methods = spec.method
+        self.parameters: dict[str, list[Parameter]] = {}
+        used: set[str] = set()
+        for method in spec.method:
+            self.parameters[method] = [
+                self._parameter(method, name, hyperparameter, spec, used)
+                for name, hyperparameter in declared(find_method(method).Config).items()
+            ]
+        for flag, pairs in (("set", spec.set), ("range", spec.range)):
+            for name in pairs:
+                if name not in used:
+                    raise ValueError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
+                if flag == "set" and name in spec.range:
+                    raise ValueError(f"{name} has both a value and a range; give --set or --range")
+
+    def _parameter(
+        self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]
+    ) -> Parameter:
+        own = f"{method}.{field}"
+        special = own in spec.set or own in spec.range
+        shared = field in inherited(find_method(method).Config, Config) and not (special and len(spec.method) > 1)
+        fixed = spec.source_defaults().get(field, hyperparameter.default)
+        searched = hyperparameter.search
+        for key in (field, own):  # what names the method is said last
+            if key in spec.set:
+                fixed, searched = hyperparameter.parse(spec.set[key]), None
+            if key in spec.range:
+                searched = hyperparameter.parse_range(spec.range[key])
+        used |= {field, own}
+        return Parameter(field, field if shared else own, hyperparameter, None if searched else fixed, searched)
+
+    def _names(self) -> list[str]:
+        return sorted({parameter.name for parameters in self.parameters.values() for parameter in parameters})
+
+    def suggest(self, trial: optuna.Trial) -> tuple[str, dict[str, Value]]:
+        """The method and all its Config values. A trial that already has some of its parameters keeps them."""
+        method = self.methods[0]
+        if len(self.methods) > 1:
+            method = trial.suggest_categorical("method", self.methods)
+        values: dict[str, Value] = {}
+        for parameter in self.parameters[method]:
+            drawn, kind = parameter.range, parameter.declared.type
+            if drawn is None:
+                assert parameter.fixed is not None
+                values[parameter.field] = parameter.fixed
+            elif drawn.choices:
+                chosen = trial.suggest_categorical(parameter.name, drawn.choices)
+                assert chosen is not None
+                values[parameter.field] = chosen
+            elif kind is int:
+                values[parameter.field] = trial.suggest_int(parameter.name, int(drawn.low), int(drawn.high), log=drawn.log)
+            else:
+                values[parameter.field] = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log)
+        return method, values
+
+    def read(self, params: Mapping[str, Value]) -> tuple[str, dict[str, Value]]:
+        """What :meth:`suggest` gave for a stored trial's parameters, without a trial."""
+        return self.suggest(optuna.trial.FixedTrial(dict(params)))  # type: ignore[arg-type]
+
+    def defaults(self, method: str, spec: SweepSpec) -> tuple[dict[str, Value], list[str]]:
+        """The parameters of the published configuration, moved to the nearest bound where a range excludes it, and a
+        line for each that was moved."""
+        params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
+        moved = []
+        for parameter in self.parameters[method]:
+            if parameter.range is None:
+                continue
+            published = spec.source_defaults().get(parameter.field, parameter.declared.default)
+            nearest = parameter.range.nearest(published)
+            params[parameter.name] = nearest
+            if nearest != published:
+                moved.append(
+                    f"{method}: the default {parameter.field} {published} is outside {parameter.range}; "
+                    f"the first trial takes {nearest}"
+                )
+        return params, moved
+
+    def begins(self, method: str, values: Mapping[str, Value]) -> float:
+        """The fraction of the budget at which a configuration's method proper starts."""
+        return build(find_method(method).Config, values).begins()

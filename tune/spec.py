@@ -1,0 +1,207 @@
+"""What a sweep is: one declaration for the command line, the YAML file and the record in the storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.noise import parse_noise
+from data.sources import find_source
+from hparams import Interval, Value
+from methods import METHODS, find_method
+from models import MODELS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MAX_LOST = 3  # processes that a trial may lose before it counts as failed
+MAX_FAILURES = 5  # failed trials in a row that stop a sweep
+KEPT_CHECKPOINTS = 5  # finished trials whose checkpoint is kept
+
+
+def option(default: Any, meaning: str, legal: str = "", flag: bool = True, execution: bool = False) -> Any:
+    """A field: its meaning, the legal interval of a number, whether it is a flag or YAML only, and whether it only says how
+    the sweep is run, so that ``resume`` may change it."""
+    metadata = {"meaning": meaning, "legal": legal, "flag": flag, "execution": execution}
+    if isinstance(default, (tuple, dict)):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """What to search, on what budget, on what resources."""
+
+    method: tuple[str, ...] = option(("alr",), "methods, separated by commas, or all")
+    data: str = option("digits", "data set")
+    noise: str = option("", "none, symmetric:RATE[:include-true], asymmetric:RATE[:FROM>TO,...] (default: by data set)")
+    model: str = option("", "network (default: by data set)")
+    trials: int = option(32, "trials that end complete or stopped early", "[1, inf)")
+    epochs: int = option(30, "full budget of a trial", "[1, inf)")
+    seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
+    set: Mapping[str, str] = option({}, "a hyperparameter's fixed value, NAME=VALUE (repeatable)")
+    range: Mapping[str, str] = option({}, "a hyperparameter's search range, NAME=LOW:HIGH[:log] (repeatable)")
+    cpus_per_trial: float = option(1.0, "CPU cores of a trial", "(0, inf)", execution=True)
+    gpus_per_trial: float = option(0.0, "GPUs of a trial, a fraction or whole ones", "[0, inf)", execution=True)
+    concurrent: int = option(0, "trials at a time (default: what the machines hold)", "[0, inf)", execution=True)
+    tracking: str = option("", "MLflow tracking URI (default: mlflow.db in the storage)", execution=True)
+    address: str = option("", "address of a running Ray cluster (default: this machine)", execution=True)
+    sampler: str = option("tpe", "tpe or random", flag=False)
+    scheduler: str = option("asha", "asha or none", flag=False)
+    reduction_factor: int = option(3, "ASHA keeps one in this many at a rung", "[2, inf)", flag=False)
+    grace_epochs: int = option(0, "first rung of ASHA in epochs (0: a tenth of the budget)", "[0, inf)", flag=False)
+    checkpoint_seconds: float = option(10.0, "a trial is saved when this much time has passed", "[0, inf)", flag=False)
+    report_seconds: float = option(0.5, "a trial reports at rungs and when this much time has passed", "[0, inf)", flag=False)
+    validation_fraction: float = option(0.3, "share held out, with noisy labels, to select on", "(0, 1)", flag=False)
+    noise_seed: int = option(0, "of the synthetic noise", "[0, inf)", flag=False)
+    split_seed: int = option(0, "of the split into training, validation and test set", "[0, inf)", flag=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in ``sweep.yaml``."""
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for name, v in held.items()}
+
+    def rungs(self) -> list[int]:
+        """Epochs at which ASHA decides, ascending; empty without a scheduler."""
+        if self.scheduler == "none":
+            return []
+        rung, found = self.grace_epochs or max(1, math.ceil(self.epochs / 10)), []
+        while rung < self.epochs:
+            found.append(rung)
+            rung *= self.reduction_factor
+        return found
+
+    def source_defaults(self) -> dict[str, Value]:
+        """Config values that the data set brings, for the fields that every method has."""
+        return {name: value for name, value in find_source(self.data).defaults.items() if name not in ("noise", "model")}
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
+EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
+
+
+def read_pairs(name: str, items: object) -> dict[str, str]:
+    """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. ValueError names the item that is neither."""
+    if isinstance(items, Mapping):
+        return {str(key): str(value) for key, value in items.items()}
+    pairs = {}
+    for item in items if isinstance(items, (list, tuple)) else [items]:
+        key, sign, value = str(item).partition("=")
+        if not (sign and key.strip() and value.strip()):
+            raise ValueError(f"--{name}: {item!r} is not readable; write NAME=VALUE")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def read_field(name: str, value: object) -> Any:
+    """One field's value from a flag or from YAML, checked. ValueError names the value and what is allowed."""
+    declared = FIELDS[name]
+    if name in ("set", "range"):
+        return read_pairs(name, value)
+    if name == "method":
+        words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
+        return tuple(METHODS) if words == ["all"] else tuple(dict.fromkeys(words))
+    kind = {"int": int, "float": float, "str": str}[str(declared.type)]
+    try:
+        result = kind(str(value).strip())
+    except ValueError:
+        result = None
+    legal = declared.metadata["legal"]
+    if result is None or (legal and not (math.isfinite(result) and result in Interval.parse(legal))):
+        allowed = f"{'an integer' if kind is int else 'a number'} in {legal}"
+        raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A spec file as field values. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
+    for key in content:
+        if key not in FIELDS:
+            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
+    return {key: read_field(key, value) for key, value in content.items()}
+
+
+def make_spec(values: Mapping[str, Any]) -> SweepSpec:
+    """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong."""
+    spec = SweepSpec(**values)
+    for method in spec.method:
+        find_method(method)
+    source = find_source(spec.data)
+    noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
+    model = spec.model or str(source.defaults["model"])
+    for name, value, known in (
+        ("model", model, list(MODELS)),
+        ("sampler", spec.sampler, ["tpe", "random"]),
+        ("scheduler", spec.scheduler, ["asha", "none"]),
+    ):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(sorted(known))}")
+    if spec.gpus_per_trial > 1 and spec.gpus_per_trial != int(spec.gpus_per_trial):
+        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; above 1 it must be a whole number")
+    return dataclasses.replace(spec, noise=noise, model=model)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep on disk: where it is, what was asked for, and what that was made with."""
+
+    folder: Path
+    spec: SweepSpec
+    provenance: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def storage(self) -> Path:
+        return self.folder.parent
+
+    def write(self) -> None:
+        """Writes ``sweep.yaml``, whole or not at all."""
+        text = yaml.safe_dump({"spec": self.spec.to_dict(), "provenance": dict(self.provenance)}, sort_keys=False)
+        temporary = self.folder / ".sweep.yaml"
+        temporary.write_text(text)
+        temporary.replace(self.folder / "sweep.yaml")
+
+    @classmethod
+    def find(cls, storage: Path, name: str) -> Sweep:
+        """The sweep of that name. ValueError where there is none, or its record is damaged."""
+        return cls.read(storage / check_name(name))
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep:
+        path = folder / "sweep.yaml"
+        if not path.is_file():
+            known = ", ".join(sweep_names(folder.parent)) or "none"
+            raise ValueError(f"no sweep {folder.name!r} in {folder.parent}; there are: {known}")
+        try:
+            content = yaml.safe_load(path.read_text())
+            spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
+            return cls(folder, spec, content["provenance"])
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
+
+
+def check_name(name: str) -> str:
+    """ValueError where ``name`` could leave the storage folder, or be a nuisance in a shell."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"sweep name {name!r} is not allowed; use letters, digits, '.', '_' and '-', no sign first")
+    return name
+
+
+def sweep_names(storage: Path) -> list[str]:
+    """The sweeps in a storage folder, by name."""
+    return sorted(path.parent.name for path in storage.glob("*/sweep.yaml"))

@@ -1,0 +1,312 @@
+"""MLflow as a projection of the ledger: everything in it can be rebuilt from the study and ``metrics.jsonl``.
+
+One parent run per study, one child per trial, found again by their tags before one is created. Metrics are sent in batches, at
+least once, with the times at which they were recorded: MLflow keeps the same key, step, time and value as one row, so sending
+twice changes nothing. How far the sending got stands in ``tracker.jsonl``; without that file it starts from the beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import TrialState
+
+from tune.journal import LineFile
+from tune.ledger import SWEEP, Ledger, Record
+from tune.report import best_config_text, markdown_table, plots_page, rows
+
+STATUS = {
+    TrialState.COMPLETE: "FINISHED",
+    TrialState.PRUNED: "KILLED",
+    TrialState.FAIL: "FAILED",
+}
+BATCH = 1000  # metrics in one request
+TAG_LIMIT = 5000  # characters of a traceback that are kept in a tag
+PAUSE = 1.0  # seconds between two looks at the ledger
+NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
+
+
+def quiet() -> None:
+    """Telemetry off unless the user turned it on; dead servers answer within seconds; no migration messages."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tracking_uri(storage: Path, asked: str) -> str:
+    """Where the runs go: what the user asked for, else a database in the storage folder."""
+    return asked or f"sqlite:///{storage / 'mlflow.db'}"
+
+
+def noted_runs(folder: Path) -> dict[int, str]:
+    """MLflow's run id of each trial, as far as they were noted."""
+    return {note["trial"]: note["run"] for note in LineFile(folder / "tracker.jsonl").read() if "trial" in note}
+
+
+class Projection:
+    """Brings an MLflow store up to the ledger, from wherever it is. Any of its calls may raise what MLflow raises."""
+
+    def __init__(self, ledger: Ledger, uri: str) -> None:
+        quiet()
+        from mlflow.tracking import MlflowClient
+
+        self.ledger = ledger
+        self.sweep = ledger.sweep
+        self.uri = uri
+        self.client: Any = MlflowClient(tracking_uri=uri)
+        self.notes = LineFile(ledger.metrics.path.with_name("tracker.jsonl"), fsync=False)
+        self.metrics = LineFile(ledger.metrics.path)
+        self.experiment_id = self._experiment()
+        self.parent = self._parent()
+        self.runs: dict[int, str] = {}  # trial number -> run id, once its parameters are there
+        self.status: dict[str, str] = {}  # run id -> status in the store
+        self.num_finished = 0  # finished trials that the parent's curve holds
+        self.noted_at = 0.0
+        self._find_runs()
+        self._read_notes()
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.sweep.name)
+        if found:
+            return str(found.experiment_id)
+        local = self.uri.startswith("sqlite:")  # beside the database; a server decides for itself
+        location = (self.sweep.storage / "mlartifacts" / self.sweep.name).resolve().as_uri() if local else None
+        return str(self.client.create_experiment(self.sweep.name, artifact_location=location))
+
+    def _tags(self, role: str) -> dict[str, str]:
+        return {"sweep": self.sweep.name, "sweep_id": self.sweep.provenance["id"], "study": self.ledger.kind, "role": role}
+
+    def _search(self, role: str) -> list[Any]:
+        wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in self._tags(role).items())
+        found: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], wanted, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def _parent(self) -> str:
+        found = self._search("sweep")
+        if found:
+            run_id = str(found[0].info.run_id)
+            self.client.update_run(run_id, status="RUNNING")
+            return run_id
+        name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
+        started = int(self.sweep.provenance["created"] * 1000)
+        run = self.client.create_run(self.experiment_id, start_time=started, tags=self._tags("sweep"), run_name=name)
+        from mlflow.entities import Param
+
+        spec = {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in self._record().items()}
+        self.client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in spec.items()])
+        return str(run.info.run_id)
+
+    def _record(self) -> dict[str, Any]:
+        return {**self.sweep.spec.to_dict(), **{f"made_with.{k}": v for k, v in self.sweep.provenance.items()}}
+
+    def _find_runs(self) -> None:
+        """Runs that an earlier process made; their parameters are sent again, which changes nothing if they are there."""
+        for run in self._search("trial"):
+            number = int(run.data.tags["trial"])
+            self.status[run.info.run_id] = run.info.status
+            if number in self.ledger.records:
+                self._send_params(run.info.run_id, self.ledger.records[number])
+                self.runs[number] = run.info.run_id
+
+    def _read_notes(self) -> None:
+        for note in self.notes.read():
+            if note.get("parent") == self.parent:
+                self.metrics.offset, self.metrics.line = note["offset"], note["line"]
+
+    # -- bringing the store up to date --------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Sends what the store lacks. When it returns, the store holds all that the ledger held when it was called."""
+        with self.ledger.lock:
+            records = list(self.ledger.records.values())
+            ended = [record for record in records if record.finished]
+            live = {record.number: "RUNNING" for record in records if not record.finished}
+        for record in records:
+            if record.number not in self.runs:
+                self._create(record)
+        self._send_metrics()
+        for record in ended:
+            if self.status[self.runs[record.number]] != STATUS[record.state]:
+                self._terminate(record)
+        for number in live:
+            self._set_status(self.runs[number], "RUNNING")
+        self._update_parent(sorted(ended, key=lambda record: record.ended))
+
+    def _create(self, record: Record) -> None:
+        tags = self._tags("trial") | {"trial": str(record.number), "method": record.method, "mlflow.parentRunId": self.parent}
+        tags |= {key: str(value) for key, value in record.attrs.items() if key in ("source", "seed")}
+        run = self.client.create_run(
+            self.experiment_id, start_time=int(record.started * 1000), tags=tags, run_name=run_name(record)
+        )
+        self.status[run.info.run_id] = "RUNNING"
+        self._send_params(run.info.run_id, record)
+        self.runs[record.number] = str(run.info.run_id)
+        self.notes.append([{"trial": record.number, "run": run.info.run_id}])
+
+    def _send_params(self, run_id: str, record: Record) -> None:
+        from mlflow.entities import Param
+
+        params = {"method": record.method, **record.values, "seed": self.ledger.seed(record)}
+        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+
+    def _send_metrics(self) -> None:
+        from mlflow.entities import Metric
+
+        waiting: dict[int, list[Any]] = {}
+        for line in self.metrics.read():
+            values = {"val/objective": line["objective"], **line["metrics"]}
+            at = int(line["time"] * 1000)
+            waiting.setdefault(line["trial"], []).extend(Metric(k, v, at, line["epoch"]) for k, v in values.items())
+        if not waiting:
+            return
+        try:
+            for number, metrics in waiting.items():
+                if number not in self.runs:
+                    self._create(self.ledger.records[number])
+                for start in range(0, len(metrics), BATCH):
+                    self.client.log_batch(self.runs[number], metrics=metrics[start : start + BATCH])
+        except BaseException:
+            self._rewind()
+            raise
+        self.notes.append([{"parent": self.parent, "offset": self.metrics.offset, "line": self.metrics.line}])
+
+    def _rewind(self) -> None:
+        """Back to what was last noted as sent."""
+        self.metrics.offset = self.metrics.line = 0
+        self.notes.offset = self.notes.line = 0
+        self._read_notes()
+
+    def _terminate(self, record: Record) -> None:
+        run_id = self.runs[record.number]
+        summary = record.attrs["summary"]
+        tags = {"state": record.word, "epochs": summary["epochs"]}
+        if "error" in summary:
+            tags["error"] = summary["error"][-TAG_LIMIT:]
+        for key, value in tags.items():
+            self.client.set_tag(run_id, key, value)
+        self.client.set_terminated(run_id, STATUS[record.state], end_time=int(record.ended * 1000))
+        self.status[run_id] = STATUS[record.state]
+
+    def _set_status(self, run_id: str, status: str) -> None:
+        if self.status[run_id] != status:
+            self.client.update_run(run_id, status=status)
+            self.status[run_id] = status
+
+    def _update_parent(self, ended: list[Record]) -> None:
+        """The best value so far over finished trials, in the order in which they ended; now and then the table."""
+        from mlflow.entities import Metric
+
+        if len(ended) == self.num_finished:
+            return
+        best, curve = -1.0, []
+        for step, record in enumerate(ended, 1):
+            if record.state is TrialState.COMPLETE and record.value is not None:
+                best = max(best, record.value)
+            if best >= 0 and step > self.num_finished:
+                curve.append(Metric("val/objective", best, int(record.ended * 1000), step))
+        for start in range(0, len(curve), BATCH):
+            self.client.log_batch(self.parent, metrics=curve[start : start + BATCH])
+        self.num_finished = len(ended)
+        if time.monotonic() - self.noted_at > NOTE_PAUSE:
+            self._write_table()
+
+    def _write_table(self) -> None:
+        self.noted_at = time.monotonic()
+        self.client.set_tag(self.parent, "mlflow.note.content", markdown_table(rows(self.ledger, self.runs)[:5]))
+        best = self.ledger.best()
+        if best:
+            self.client.set_tag(self.parent, "best_run_id", self.runs[best.number])
+            self.client.set_tag(self.parent, "best_params", json.dumps({"method": best.method, **best.values}))
+
+    def close(self, *, spent: bool) -> None:
+        """The last word: artifacts on the parent, and no run left RUNNING. ``spent``: the budget is used up; otherwise the
+        sweep and its unfinished trials wait (SCHEDULED) for a resume."""
+        self.sync()
+        self._write_table()
+        best = self.ledger.best()
+        if best:
+            self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
+        table = json.dumps(rows(self.ledger, self.runs), indent=1)
+        self.client.log_text(self.parent, table, "leaderboard.json")
+        page = plots_page(self.ledger)
+        if page:
+            self.client.log_text(self.parent, page, "plots.html")
+        for record in self.ledger.unfinished():
+            self._set_status(self.runs[record.number], "SCHEDULED")
+        self._count_states()
+        if spent:
+            self.client.set_terminated(self.parent, "FINISHED")
+        else:
+            self.client.update_run(self.parent, status="SCHEDULED")
+
+    def _count_states(self) -> None:
+        from mlflow.entities import Metric
+
+        with self.ledger.lock:
+            ended = [record.ended for record in self.ledger.records.values() if record.finished]
+            counts = {state.name.lower(): self.ledger.count(state) for state in STATUS}
+        if ended:
+            at, step = int(max(ended) * 1000), len(ended)
+            metrics = [Metric(f"trials/{name}", count, at, step) for name, count in counts.items()]
+            self.client.log_batch(self.parent, metrics=metrics)
+
+
+def run_name(record: Record) -> str:
+    """Number, method and the method's own parameters, for a person to read."""
+    own = {name.split(".")[-1]: value for name, value in record.params.items() if name != "method"}
+    words = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in own.items()]
+    return " ".join([f"{record.number:03d}", record.method, *words[:4]])
+
+
+class Tracker:
+    """Keeps a projection up to date from a thread of its own, so that a slow or absent server never holds up a trial."""
+
+    def __init__(self, ledger: Ledger, uri: str) -> None:
+        self.ledger = ledger
+        self.uri = uri
+        self.problem = ""
+        self._projection: Projection | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(PAUSE):
+            self._attempt(lambda projection: projection.sync())
+
+    def _attempt(self, action: Any) -> bool:
+        try:
+            if self._projection is None:
+                self._projection = Projection(self.ledger, self.uri)
+            action(self._projection)
+        except Exception as error:  # noqa: BLE001  the tracker's boundary: a store that fails is tried again, whatever it raises
+            self.problem = " ".join(str(error).split()) or type(error).__name__
+            self._projection = None  # found anew from its tags
+            return False
+        self.problem = ""
+        return True
+
+    def close(self, *, spent: bool, patience: float = 30.0) -> None:
+        """Sends the rest, trying for ``patience`` seconds; ``problem`` says what stood in the way, if anything did."""
+        self._stop.set()
+        self._thread.join(patience)
+        deadline = time.monotonic() + patience
+        while not self._attempt(lambda projection: projection.close(spent=spent)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(1)

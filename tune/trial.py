@@ -1,0 +1,94 @@
+"""A trial as Ray Tune runs it: a thin shell around an Experiment, in an actor that serves one trial after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Trainable
+
+log = logging.getLogger(__name__)
+CUDA_CONTEXT_BYTES = 512 * 2**20  # what a process takes on a GPU before its first tensor
+
+
+class TrialActor(Trainable):
+    """Each ``step`` trains until a rung, the end, or ``report_seconds``, and returns those epochs.
+
+    An exception does not leave it: it is reported as the trial's failure, with its traceback, and the actor lives on. ``setup``
+    touches nothing on disk, since Tune may call it for a trial that already runs elsewhere.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._take(new_config)
+        return True
+
+    def _take(self, config: dict[str, Any]) -> None:
+        self.trial: dict[str, Any] = json.loads(config["trial"])
+        self.experiment: Any = None
+
+    def step(self) -> dict[str, Any]:
+        epochs: list[Any] = []
+        failure, diverged = None, False
+        try:
+            diverged = self._advance(epochs)
+        except Exception:  # noqa: BLE001  the trial's boundary: whatever a trial raises is its own failure, not the sweep's
+            failure = traceback.format_exc()
+        return {"epochs": [dataclasses.asdict(epoch) for epoch in epochs], "failure": failure, "diverged": diverged}
+
+    def _advance(self, epochs: list[Any]) -> bool:
+        """Adds the epochs to report. Returns whether the trial diverged."""
+        from training.fit import Diverged
+
+        if self.experiment is None:
+            self.experiment = self._build()
+            self.saved_at = time.monotonic()
+            epochs += [epoch for epoch in self.experiment.history if epoch.epoch > self.trial["reported"]]
+        if epochs and self._pauses(epochs[-1].epoch):
+            return False
+        stop_at = time.monotonic() + self.trial["report_seconds"]
+        while True:
+            try:
+                epochs.append(self.experiment.advance())
+            except Diverged as error:
+                log.warning("trial %d: %s", self.trial["number"], error)
+                return True
+            pauses = self._pauses(epochs[-1].epoch)
+            if pauses or time.monotonic() - self.saved_at >= self.trial["checkpoint_seconds"]:
+                self._save()
+            if pauses or time.monotonic() >= stop_at:
+                return False
+
+    def _pauses(self, epoch: int) -> bool:
+        """Whether the driver decides about the trial at this epoch."""
+        return epoch in self.trial["rungs"] or epoch == self.trial["recipe"]["epochs"]
+
+    def _build(self) -> Any:
+        import torch
+
+        from training.experiment import Experiment, Recipe
+
+        torch.set_num_threads(max(1, int(self.trial["cpus"])))
+        if 0 < self.trial["gpus"] < 1:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
+        return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"])
+
+    def _save(self) -> None:
+        try:
+            self.experiment.save()
+        except OSError as error:  # a full disk costs the epochs since the last checkpoint, not the trial
+            log.warning("trial %d was not saved: %s", self.trial["number"], error)
+        self.saved_at = time.monotonic()
+
+    def cleanup(self) -> None:
+        """Called when the actor is stopped: an interrupted trial is saved where it stands."""
+        if self.experiment is not None:
+            self._save()
