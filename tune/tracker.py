@@ -33,13 +33,13 @@ NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
 
 
 def quiet() -> None:
-    """Telemetry off unless the user turned it on; dead servers answer within seconds; no migration messages."""
+    """Telemetry off unless the user turned it on; dead servers answer within seconds; its messages are errors only."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
 def tracking_uri(storage: Path, asked: str) -> str:
