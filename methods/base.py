@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
@@ -95,15 +96,19 @@ class Step:
 
 
 class Learner(nn.Module):
-    """A network with its optimiser: float32 logits, a learning rate that follows the clock, all state in ``state_dict``."""
+    """A network with SGD: float32 logits, a learning rate that follows the clock, all state in ``state_dict``.
+
+    The update is torch's own functional SGD with the momentum in buffers of this module: its keys exist from the start, they
+    move with the network, and a worker is spared the seconds that the optimiser classes take to import a compiler.
+    """
 
     def __init__(self, net: nn.Module, config: Config) -> None:
         super().__init__()
         self.net = net
         self.config = config
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        self._parameters_in_order = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        for number, parameter in enumerate(self._parameters_in_order):
+            self.register_buffer(f"momentum_{number}", torch.zeros_like(parameter, requires_grad=False))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images).float()
@@ -114,18 +119,28 @@ class Learner(nn.Module):
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * clock.fraction))
 
     def update(self, loss: Tensor, clock: Clock) -> None:
-        """One optimiser step on the scalar ``loss``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(clock)
-        self.optimizer.zero_grad(set_to_none=True)
+        """One step of SGD on the scalar ``loss``; a parameter that it does not depend on stays as it is."""
+        for parameter in self._parameters_in_order:
+            parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        held = [
+            (parameter, parameter.grad, self.get_buffer(f"momentum_{number}"))
+            for number, parameter in enumerate(self._parameters_in_order)
+            if parameter.grad is not None
+        ]
+        with torch.no_grad():
+            sgd(
+                [parameter for parameter, _, _ in held],
+                [gradient for _, gradient, _ in held],
+                [momentum for _, _, momentum in held],
+                fused=True,
+                weight_decay=self.config.weight_decay,
+                momentum=self.config.momentum,
+                lr=self.learning_rate(clock),
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
 
 class Method(nn.Module, Generic[B]):
