@@ -19,7 +19,7 @@ from data.table import Batch
 from hparams import build
 from losses import clipped_probabilities, cross_entropy, entropy, soft_cross_entropy
 from methods.alr import ALR, ALRConfig
-from methods.base import Clock, Method, SingleNet, Step, first_epoch, memory_momentum
+from methods.base import Clock, Config, Learner, Method, SingleNet, Step, first_epoch, memory_momentum
 from methods.co_teaching import CoTeaching, CoTeachingConfig, small_losses
 from methods.elr import EarlyLearningRegularization
 from methods.selc import SELC
@@ -65,6 +65,32 @@ def trained(name: str, **values: Any) -> Method[Any]:
 def net_state(method: Method[Any]) -> dict[str, Any]:
     assert isinstance(method, SingleNet)
     return method.learner.state_dict()
+
+
+# The optimiser
+
+
+@pytest.mark.parametrize("values", [{}, {"momentum": 0.0}, {"weight_decay": 0.0, "lr": 0.3}])
+def test_a_learner_steps_as_torchs_sgd_does(values: dict[str, float]) -> None:
+    """Parameters that a loss does not depend on stay as they are, momentum and weight decay included."""
+    config = build(Config, values)
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"one": nn.Linear(5, K), "other": nn.Linear(5, K)})
+    learner, twin = Learner(net, config), copy.deepcopy(net)
+    theirs = torch.optim.SGD(twin.parameters(), lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    start = copy.deepcopy(net.state_dict())
+    for epoch in range(EPOCHS):
+        clock, images, labels = Clock(epoch, EPOCHS), torch.randn(BATCH, 5), torch.randint(K, (BATCH,))
+        part = "one" if epoch % 2 else "other"
+        learner.update(cross_entropy(net[part](images), labels).mean(), clock)
+        theirs.param_groups[0]["lr"] = learner.learning_rate(clock)
+        theirs.zero_grad()
+        cross_entropy(twin[part](images), labels).mean().backward()
+        theirs.step()
+        for name, value in twin.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], value)
+        if epoch == 0:
+            assert differences(start, net.state_dict()) == ["/other.bias", "/other.weight"]
 
 
 # SELC and ALR
