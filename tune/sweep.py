@@ -347,19 +347,19 @@ def connect(address: str) -> None:
             logging_level=logging.ERROR,
             runtime_env=shipped,
         )
+    except ray.exceptions.AuthenticationError as error:
+        raise ValueError(f"Ray refuses its token: {str(error).split('. ')[0]}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         if not address:
             raise
-        reason = " ".join(str(error).split())
-        token = " (the cluster may ask for a token: RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)" if "token" in reason else ""
-        raise ValueError(f"Ray cluster {address!r} cannot be joined: {reason}{token}") from error
+        raise ValueError(f"Ray cluster {address!r} cannot be joined: {' '.join(str(error).split())}") from error
 
 
 def capacity(spec: SweepSpec) -> int:
     """How many trials the nodes hold at a time. ValueError where no node holds even one."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     total = 0
     for node in nodes:
         fits = [node.get("CPU", 0.0) // spec.cpus_per_trial]

@@ -1,0 +1,112 @@
+"""The command line as a user runs it: in processes of its own, which tests watch, kill and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+SEARCH = [sys.executable, str(ROOT / "search.py")]
+PATIENCE = 240.0
+
+
+def search(*arguments: object, check: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; ``check`` is the exit code that it must have."""
+    command = [*SEARCH, *map(str, arguments)]
+    environment = os.environ | (env or {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+    assert check is None or done.returncode == check, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    return done
+
+
+def start(log: Path, *arguments: object) -> subprocess.Popen[str]:
+    """Starts a command in the background, its output in ``log``."""
+    with log.open("w") as file:
+        return subprocess.Popen([*SEARCH, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str], log: Path) -> None:
+    """Waits for ``condition()`` while ``process`` runs."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, f"the process ended with {process.returncode}:\n{log.read_text()}"
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def workers(driver: int) -> list[psutil.Process]:
+    """The processes in which trials of this driver run."""
+    family = psutil.Process(driver).children(recursive=True)
+    return [process for process in family if "Trainable" in " ".join(process.cmdline())]
+
+
+def metric_lines(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a sweep's ``metrics.jsonl``."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def epochs_by_trial(folder: Path) -> dict[int, list[int]]:
+    """What was recorded of each trial, in the order of recording."""
+    found: dict[int, list[int]] = {}
+    for line in metric_lines(folder):
+        found.setdefault(line["trial"], []).append(line["epoch"])
+    return found
+
+
+def board(storage: Path, name: str) -> list[dict[str, Any]]:
+    """``best --json``."""
+    rows: list[dict[str, Any]] = json.loads(search("best", name, "--storage", storage, "--json").stdout)
+    return rows
+
+
+def assert_whole(folder: Path, rows: list[dict[str, Any]], trials: int) -> None:
+    """Every trial asked for is there once, and of each every epoch up to its last, once."""
+    states = Counter(row["state"] for row in rows)
+    assert states["complete"] + states["stopped"] + states["diverged"] == trials, states
+    assert sorted(row["trial"] for row in rows) == list(range(len(rows)))
+    recorded = epochs_by_trial(folder)
+    for row in rows:
+        assert recorded[row["trial"]] == list(range(1, row["epochs"] + 1)), row
+
+
+def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """MLflow holds one parent, and of each trial one run with each step once, and nothing is left RUNNING."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.study = 'sweep'", max_results=1000)
+    parents = [run for run in runs if run.data.tags["role"] == "sweep"]
+    children = {int(run.data.tags["trial"]): run for run in runs if run.data.tags["role"] == "trial"}
+    assert len(parents) == 1
+    assert len(runs) == 1 + len(rows) == 1 + len(children)
+    word = {"complete": "FINISHED", "stopped": "KILLED", "diverged": "KILLED", "failed": "FAILED"}
+    for row in rows:
+        run = children[row["trial"]]
+        assert run.info.status == word[row["state"]], row
+        assert run.info.run_id == row["mlflow_run_id"]
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "val/accuracy")]
+        assert sorted(steps) == list(range(1, row["epochs"] + 1)), row
+        assert run.data.params["method"] == row["method"]
+        assert {"val/accuracy", "val/objective", "train/loss", "refine/changed"} <= set(run.data.metrics)
+    assert parents[0].info.status == "FINISHED"
+    best = rows[0]
+    assert parents[0].data.metrics["val/objective"] == best["value"]
+    assert parents[0].data.tags["best_run_id"] == best["mlflow_run_id"]
+    assert json.loads(parents[0].data.tags["best_params"])["method"] == best["method"]
+    artifacts = {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
+    assert {"leaderboard.json", "best_config.yaml"} <= artifacts

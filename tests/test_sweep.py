@@ -1,0 +1,195 @@
+"""Sweeps from end to end: real Ray, Optuna and MLflow, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.sweep_process import (
+    assert_projected,
+    assert_whole,
+    board,
+    epochs_by_trial,
+    metric_lines,
+    search,
+    start,
+    wait_until,
+    workers,
+)
+
+SPEC = {"trials": 5, "epochs": 24, "checkpoint_seconds": 0, "report_seconds": 0.2, "concurrent": 2}
+
+
+@pytest.fixture
+def storage(tmp_path: Path, migrated_store: Path) -> Path:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    return folder
+
+
+def spec_file(folder: Path, **changes: object) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(SPEC | changes))
+    return path
+
+
+def without_ray(folder: Path) -> dict[str, str]:
+    """An environment in which importing Ray is an error."""
+    (folder / "ray").mkdir(parents=True, exist_ok=True)
+    (folder / "ray" / "__init__.py").write_text("raise ImportError('Ray was started')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def halfway(folder: Path, finished: int) -> bool:
+    """At least ``finished`` trials are over, and two others have begun."""
+    epochs = epochs_by_trial(folder)
+    over = sum(len(done) == SPEC["epochs"] for done in epochs.values())
+    return over >= finished and len(epochs) - over >= 2
+
+
+def rungs(storage: Path, name: str) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads(search("best", name, "--storage", storage, "--rungs").stdout)
+    return found
+
+
+def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) -> None:
+    """kill -9 on the driver while two trials run; resume; a finished sweep; a torn journal; an extension."""
+    folder, log = storage / "first", tmp_path / "log"
+    launched = start(log, "launch", "first", "--storage", storage, "--spec", spec_file(tmp_path, scheduler="none"))
+    wait_until(lambda: halfway(folder, 1), launched, log)
+    launched.kill()
+    launched.wait()
+    before = {row["trial"]: row for row in board(storage, "first")}
+    recorded = epochs_by_trial(folder)
+    finished = {number for number, row in before.items() if row["state"] == "complete"}
+    assert finished
+    resumed = search("resume", "first", "--storage", storage)
+    rows = board(storage, "first")
+    assert_whole(folder, rows, 5)
+    assert_projected(storage, "first", rows)
+    after = {row["trial"]: row for row in rows}
+    for number in finished:
+        assert after[number] == {**before[number], "mlflow_run_id": after[number]["mlflow_run_id"]}
+    for number in set(before) - finished:
+        assert f"trial {number} alr goes on from epoch {before[number]['epochs']}" in resumed.stdout
+        assert epochs_by_trial(folder)[number][: len(recorded[number])] == recorded[number]
+        assert after[number]["params"] == before[number]["params"]
+
+    answered = search("resume", "first", "--storage", storage, env=without_ray(tmp_path / "poison"))
+    assert board(storage, "first") == rows
+    assert "complete" in answered.stdout
+
+    whole = (folder / "journal.log").read_bytes()
+    with (folder / "journal.log").open("ab") as journal:
+        journal.write(b'{"op_code":4,"worker_id":"gone","study_id":0,"datet')
+    search("resume", "first", "--storage", storage, "--trials", 6)
+    extended = board(storage, "first")
+    assert_whole(folder, extended, 6)
+    assert_projected(storage, "first", extended)
+    assert (folder / "journal.log").read_bytes().startswith(whole)
+    for line in (folder / "journal.log").read_text().splitlines():
+        json.loads(line)
+    search("resume", "first", "--storage", storage, env=without_ray(tmp_path / "poison"))
+    assert board(storage, "first") == extended
+
+
+def test_rungs_survive_the_driver(tmp_path: Path, storage: Path) -> None:
+    """ASHA's rungs are equal before and after a kill, and what stood at them before still stands at the end."""
+    folder, log = storage / "asha", tmp_path / "log"
+    launched = start(log, "launch", "asha", "--storage", storage, "--spec", spec_file(tmp_path, trials=6, reduction_factor=2))
+    wait_until(lambda: len(epochs_by_trial(folder)) >= 4, launched, log)
+    launched.kill()
+    launched.wait()
+    before = rungs(storage, "asha")
+    assert before == rungs(storage, "asha")
+    assert any(before.values())
+    search("resume", "asha", "--storage", storage)
+    after = rungs(storage, "asha")
+    for epoch, standing in before.items():
+        assert standing.items() <= after[epoch].items()
+    rows = board(storage, "asha")
+    assert_whole(folder, rows, 6)
+    assert_projected(storage, "asha", rows)
+
+
+def test_worker_killed(tmp_path: Path, storage: Path) -> None:
+    """kill -9 on a trial's worker: the sweep goes on by itself and the trial ends under its own number."""
+    folder, log = storage / "worker", tmp_path / "log"
+    launched = start(
+        log, "launch", "worker", "--storage", storage, "--spec", spec_file(tmp_path, trials=3, scheduler="none")
+    )
+    wait_until(lambda: len(metric_lines(folder)) >= 8, launched, log)
+    workers(launched.pid)[0].kill()
+    assert launched.wait(240) == 0, log.read_text()
+    assert "lost its process after epoch" in log.read_text()
+    rows = board(storage, "worker")
+    assert_whole(folder, rows, 3)
+    assert_projected(storage, "worker", rows)
+
+
+def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
+    """Ctrl-C says how to go on; ``stop`` does the same from elsewhere; the winners are retrained over seeds; ``train``."""
+    from mlflow.tracking import MlflowClient
+
+    folder, log = storage / "calm", tmp_path / "log"
+    spec = spec_file(tmp_path, trials=4, scheduler="none", epochs=24)
+    launched = start(log, "launch", "calm", "--storage", storage, "--spec", spec)
+    wait_until(lambda: len(metric_lines(folder)) >= 6, launched, log)
+    launched.send_signal(signal.SIGINT)
+    assert launched.wait(60) == 130, log.read_text()
+    command = f"python search.py resume calm --storage {storage}"
+    assert command in log.read_text()
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("calm")
+    assert experiment is not None
+    assert {run.info.status for run in client.search_runs([experiment.experiment_id])} <= {"SCHEDULED", "FINISHED"}
+
+    num_lines = len(metric_lines(folder))
+    resumed = start(log, "resume", "calm", "--storage", storage)
+    wait_until(lambda: len(metric_lines(folder)) > num_lines + 4, resumed, log)
+    assert "exists" in search("launch", "calm", "--storage", storage, check=2).stderr
+    assert "is being run by process" in search("resume", "calm", "--storage", storage, check=2).stderr
+    assert command in search("stop", "calm", "--storage", storage).stdout
+    assert resumed.wait(60) == 143, log.read_text()
+    search("resume", "calm", "--storage", storage, "--trials", 3)
+    rows = board(storage, "calm")
+    assert_whole(folder, rows, len(rows))
+    assert_projected(storage, "calm", rows)
+
+    table = search("retrain", "calm", "--storage", storage, "--top", 1, "--seeds", 2, "--json")
+    (row,) = json.loads(table.stdout)
+    assert row["source"] == rows[0]["trial"]
+    assert row["params"] == rows[0]["params"]
+    assert sorted(row["by_seed"]) == ["0", "1"]
+    assert row["by_seed"]["0"] != row["by_seed"]["1"]
+    assert row["test_accuracy"] == pytest.approx(sum(row["by_seed"].values()) / 2)
+
+    (config,) = (storage / "mlartifacts").rglob("best_config.yaml")
+    trained = search("train", config).stdout
+    assert f"{100 * rows[0]['value']:.2f}" in trained.splitlines()[-1]  # the same numbers, bit for bit on this machine
+
+
+def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
+    """A journal that is damaged anywhere but at its end: one line, exit code 2, not modified."""
+    from tests.sweeps import make_finished_sweep
+
+    folder = make_finished_sweep(storage, "hurt")
+    journal = folder / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3][:10] + b"\n"
+    journal.write_bytes(b"".join(lines))
+    content = journal.read_bytes()
+    for verb in ("resume", "best", "retrain", "list"):
+        arguments = [verb, "--storage", storage] if verb == "list" else [verb, "hurt", "--storage", storage]
+        done = search(*arguments, check=2, env=without_ray(tmp_path / "poison"))
+        assert done.stderr.count("\n") == 1
+        assert "line 4 is damaged" in done.stderr
+    assert journal.read_bytes() == content
+    assert os.listdir(folder / "checkpoints") == []
