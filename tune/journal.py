@@ -50,10 +50,10 @@ class LineFile:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
+            end = self._readable(file.fileno())
             file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # being written, or torn
+            while self.offset < end:
+                line = file.readline()
                 try:
                     record = json.loads(line)
                 except ValueError:
@@ -63,6 +63,14 @@ class LineFile:
                 self.offset += len(line)
                 self.line += 1
                 yield record
+
+    def _readable(self, descriptor: int) -> int:
+        """The length of the records that are there for good. It waits for a write in progress, which may yet be taken back."""
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        try:
+            return self._end_of_records(descriptor)
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -75,17 +83,21 @@ class LineFile:
 
     def _cut_torn_tail(self, descriptor: int) -> int:
         """Removes what follows the last newline and returns the length of what is left."""
-        end = size = os.fstat(descriptor).st_size
-        while end > 0:
-            start = max(0, end - TAIL)
-            newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
+        end = self._end_of_records(descriptor)
+        if end < os.fstat(descriptor).st_size:
             os.ftruncate(descriptor, end)
         return end
+
+    def _end_of_records(self, descriptor: int) -> int:
+        """The length up to and with the last newline; mostly that is the length of the file, and one byte tells."""
+        end, look = os.fstat(descriptor).st_size, 1
+        while end > 0:
+            start = max(0, end - look)
+            newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end, look = start, TAIL
+        return 0
 
     def _write(self, descriptor: int, data: bytes) -> None:
         while data:

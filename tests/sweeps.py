@@ -1,0 +1,94 @@
+"""Sweeps without Ray: a folder with a spec and a journal, trials whose epochs are made up, and what a kill does to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hparams import Value
+from training.experiment import EpochRecord
+from tune.desk import FINISHED, Desk
+from tune.ledger import Ledger, Record
+from tune.spec import Sweep, make_spec
+
+CREATED = 1_700_000_000.25
+
+
+def make_sweep(storage: Path, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
+    """A sweep as ``launch`` leaves it: spec and study on disk, no trial run. ``fields`` are those of the spec."""
+    spec = make_spec({"method": ("ce",), "model": "mlp", "trials": 4, "epochs": 4, "sampler": "random", **fields})
+    provenance = {"id": f"{name}-0123456789abcdef", "created": CREATED, "data": "0" * 64, "commit": "unknown"}
+    sweep = Sweep(storage / name, spec, provenance)
+    sweep.folder.mkdir(parents=True)
+    sweep.write()
+    ledger = Ledger(sweep, create=True)
+    if defaults_first:
+        for method in spec.method:
+            ledger.enqueue(ledger.space.defaults(method, spec)[0])
+    return sweep
+
+
+def epoch_record(epoch: int, objective: float, **metrics: float) -> EpochRecord:
+    """An epoch whose time and metrics follow from its number and objective."""
+    held = {"train/loss": 2.0 / epoch, "val/accuracy": objective, "seconds": 0.5, **metrics}
+    return EpochRecord(epoch, CREATED + 60 * epoch + objective, objective, held)
+
+
+def made_up(values: dict[str, Value], epoch: int) -> float:
+    """A trial's value: a pure function of its parameters and the epoch, so that it must survive any kill."""
+    spread = sum((i + 1) * float(value) for i, value in enumerate(values.values()) if isinstance(value, (int, float)))
+    return round((0.3 + spread) % 0.5 + 0.1 * epoch / (epoch + 1), 6)
+
+
+def play(
+    desk: Desk,
+    value: Callable[[Record, int], float] = lambda record, epoch: made_up(record.values, epoch),
+    *,
+    keep: Iterable[int] = (),
+) -> None:
+    """Runs what a desk hands out, one epoch of each live trial in turn, until the budget is spent; writes a file as each
+    trial's checkpoint. Trials in ``keep`` are left running after their first epoch."""
+    slots = iter(range(10**6))
+    held = set()
+    while True:
+        while (record := desk.next(f"slot-{next(slots)}")) not in (None, FINISHED):
+            folder = desk.ledger.checkpoints / str(record.number)  # type: ignore[union-attr]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoint.pt").write_bytes(b"state")
+        moving = {key: live for key, live in desk.live.items() if live.number not in held}
+        if not moving:
+            return
+        for key, live in moving.items():
+            epoch = live.epochs + 1
+            if not desk.result(key, [epoch_record(epoch, value(live, epoch))], failure=None, diverged=False):
+                desk.ended(key)
+            elif live.number in keep:
+                held.add(live.number)
+
+
+def metric_lines(sweep: Sweep) -> list[dict[str, Any]]:
+    """All of ``metrics.jsonl``, read without the code under test."""
+    path = sweep.folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Runs ``work`` in a forked process and returns its exit code: what it passed to ``os._exit``, 0 at its end, 1 for an
+    exception, minus the number of the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
