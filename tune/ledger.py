@@ -121,7 +121,10 @@ class Ledger:
     def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
         """A record for a stored trial; one whose proposal was cut off gets the rest of its parameters."""
         if trial.state is TrialState.RUNNING and self.read_only:
-            method, values = str(trial.params.get("method", self.space.methods[0])), dict[str, Value]()
+            try:
+                method, values = self.space.read(trial.params)
+            except ValueError:  # its proposal is being written
+                method, values = str(trial.params.get("method", self.space.methods[0])), dict[str, Value]()
         elif trial.state is TrialState.RUNNING:
             method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
             trial = self.study._storage.get_trial(trial._trial_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from methods.base import first_epoch
@@ -12,11 +14,14 @@ def below_cut(value: float, others: list[float], reduction_factor: int, min_resu
     """Whether a result at a rung ends its trial: below the (1 - 1/factor) percentile of those already there.
 
     Asynchronous successive halving, stopping variant (Li et al., arXiv 1810.05934), with the percentile rule of Ray's
-    scheduler. No cut before ``min_results`` others are there; a value that is not finite is worse than any.
+    scheduler. No cut before ``min_results`` others are there; a value that is not finite ends its trial, and no other's.
     """
+    if not math.isfinite(value):
+        return True
+    others = [other for other in others if math.isfinite(other)]
     if len(others) < max(1, min_results):
         return False
-    return not value >= float(np.percentile(others, (1 - 1 / reduction_factor) * 100))
+    return value < float(np.percentile(others, (1 - 1 / reduction_factor) * 100))
 
 
 class Rungs:
@@ -26,6 +31,7 @@ class Rungs:
         spec = ledger.sweep.spec
         self.ledger = ledger
         self.reduction_factor = spec.reduction_factor
+        self.min_results = spec.reduction_factor  # others at a rung before it cuts; Ray's cuts from 1 on
         self.total_epochs = spec.epochs
         self.values: dict[int, dict[int, float]] = {rung: {} for rung in (spec.rungs() if ledger.kind == SWEEP else [])}
         for record in ledger.records.values():
@@ -47,4 +53,4 @@ class Rungs:
         if record.number not in standing:
             return False
         others = [value for number, value in standing.items() if number != record.number]
-        return below_cut(standing[record.number], others, self.reduction_factor, self.reduction_factor)
+        return below_cut(standing[record.number], others, self.reduction_factor, self.min_results)
