@@ -13,6 +13,12 @@ from typing import Any
 
 import psutil
 
+from tests.sweeps import make_sweep, play
+from tune.desk import Desk
+from tune.ledger import Ledger
+from tune.recipes import default_recipe
+from tune.spec import Sweep
+
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]
 PATIENCE = 240.0
@@ -110,3 +116,13 @@ def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]]) -> No
     assert json.loads(parents[0].data.tags["best_params"])["method"] == best["method"]
     artifacts = {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
     assert {"leaderboard.json", "best_config.yaml"} <= artifacts
+
+
+def make_finished_sweep(storage: Path, name: str) -> Path:
+    """A sweep of three made-up trials that has ended, with the checksum of the real data; returns its folder."""
+    sweep = make_sweep(storage, name, trials=3, epochs=3)
+    fingerprint = default_recipe(sweep.spec, "ce").dataset().fingerprint
+    sweep = Sweep(sweep.folder, sweep.spec, {**sweep.provenance, "data": fingerprint})
+    sweep.write()
+    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    return sweep.folder

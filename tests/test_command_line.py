@@ -1,0 +1,219 @@
+"""Bad input gets one clear line that names the value and what is allowed, exit code 2, before Ray starts; and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import search
+from tests.sweep_process import ROOT, make_finished_sweep
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing Ray is an error in here."""
+    for name in [module for module in sys.modules if module == "ray" or module.startswith("ray.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must be refused and returns its one line."""
+    try:
+        code = search.main([str(argument) for argument in arguments])
+    except SystemExit as ended:  # argparse's own refusals
+        code = ended.code
+    out = capsys.readouterr()
+    assert code == 2, out
+    assert out.err.count("\n") == 1, out.err
+    assert out.err.startswith("error: ")
+    assert "Traceback" not in out.err
+    return out.err
+
+
+BAD_LAUNCHES = {
+    "unknown method": (["--method", "arl"], ["'arl'", "alr", "co-teaching"]),
+    "one unknown method of two": (["--method", "alr,mixup9"], ["'mixup9'", "known are"]),
+    "unknown data set": (["--data", "mnist"], ["'mnist'", "digits"]),
+    "unknown noise": (["--noise", "pair:0.2"], ["'pair:0.2'", "symmetric"]),
+    "noise rate of one": (["--noise", "symmetric:1"], ["symmetric:1", "[0, 1)"]),
+    "negative noise rate": (["--noise", "symmetric:-0.1"], ["symmetric:-0.1", "[0, 1)"]),
+    "noise rate that is no number": (["--noise", "asymmetric:x"], ["asymmetric:x", "[0, 1)"]),
+    "noise map outside the classes": (["--noise", "asymmetric:0.2:3>12"], ["12"]),
+    "unknown model": (["--model", "resnet"], ["'resnet'", "small-cnn"]),
+    "empty range": (["--range", "lr=0.1:0.01"], ["0.1:0.01", "empty"]),
+    "range of one point": (["--range", "lr=0.1:0.1"], ["0.1:0.1", "empty"]),
+    "range outside the meaning": (["--range", "warmup=0.1:1.5"], ["1.5", "[0, 1)"]),
+    "range that is no range": (["--range", "lr=0.1"], ["'0.1'", "LOW:HIGH"]),
+    "logarithmic range from zero": (["--range", "weight_decay=0:0.1:log"], ["0:0.1:log", "above 0"]),
+    "range of words": (["--range", "augmentation=weak,huge"], ["'huge'", "none, weak, strong"]),
+    "unknown parameter in --set": (["--set", "learning_rate=0.1"], ["'learning_rate'", "lr"]),
+    "unknown parameter in --range": (["--range", "alr.q=0.1:0.2"], ["'alr.q'", "entropy_weight"]),
+    "illegal value": (["--set", "momentum=1"], ["1", "[0, 1)"]),
+    "value that is no number": (["--set", "lr=fast"], ["'fast'", "(0, inf)"]),
+    "value that is not finite": (["--set", "lr=nan"], ["nan", "(0, inf)"]),
+    "set without a value": (["--set", "lr"], ["'lr'", "NAME=VALUE"]),
+    "both a value and a range": (["--set", "lr=0.1", "--range", "lr=0.1:0.2"], ["lr", "--set or --range"]),
+    "zero trials": (["--trials", "0"], ["'0'", "[1, inf)"]),
+    "half a trial": (["--trials", "1.5"], ["'1.5'", "an integer"]),
+    "zero epochs": (["--epochs", "0"], ["'0'", "[1, inf)"]),
+    "negative seed": (["--seed", "-1"], ["'-1'", "[0, inf)"]),
+    "more CPUs than there are": (["--cpus-per-trial", "4096"], ["4096", "CPUs"]),
+    "no CPU": (["--cpus-per-trial", "0"], ["'0'", "(0, inf)"]),
+    "more GPUs than there are": (["--gpus-per-trial", "64"], ["64", "GPUs"]),
+    "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["1.5", "whole"]),
+    "tracking that is no address": (["--tracking", "mlruns"], ["'mlruns'", "http"]),
+    "unknown flag": (["--learning-rate", "1"], ["--learning-rate"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAUNCHES)
+def test_bad_launch(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, words = BAD_LAUNCHES[case]
+    line = refused(capsys, "launch", "bad", "--storage", tmp_path / "runs", *flags)
+    for word in words:
+        assert word in line, line
+    assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "", ".hidden", "with space", "-x" * 80])
+def test_bad_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("launch", "resume", "best", "retrain", "stop"):
+        refused(capsys, verb, "--storage", tmp_path / "runs", "--", name)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 10\n", ["'epoch'", "epochs"]),
+        ("- 1\n- 2\n", ["KEY: VALUE"]),
+        ("a: [1\n", ["cannot be read"]),
+        ("epochs: many\n", ["'many'", "an integer"]),
+        ("sampler: grid\n", ["'grid'", "tpe"]),
+        ("scheduler: hyperband\n", ["'hyperband'", "asha"]),
+        ("reduction_factor: 1\n", ["1", "[2, inf)"]),
+        ("validation_fraction: 1.0\n", ["1.0", "(0, 1)"]),
+        ("validation_fraction: 0.9999\n", ["training"]),
+    ],
+)
+def test_bad_spec_file(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    line = refused(capsys, "launch", "bad", "--storage", tmp_path / "runs", "--spec", tmp_path / "spec.yaml")
+    for word in words:
+        assert word in line, line
+
+
+def test_spec_file_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "absent.yaml" in refused(capsys, "launch", "bad", "--spec", tmp_path / "absent.yaml", "--storage", tmp_path / "runs")
+
+
+def test_storage_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "launch", "bad", "--storage", tmp_path / "file" / "runs")
+    assert "cannot be written" in line
+    assert str(tmp_path / "file" / "runs") in line
+
+
+def test_tracking_server_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound but not listening: refused at once
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        line = refused(capsys, "launch", "bad", "--storage", tmp_path / "runs", "--tracking", uri)
+    assert uri in line
+    assert "does not answer" in line
+    assert os.listdir(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("verb", ["resume", "best", "retrain", "stop"])
+def test_sweep_that_does_not_exist(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_finished_sweep(tmp_path, "other")
+    line = refused(capsys, verb, "lost", "--storage", tmp_path)
+    assert "'lost'" in line
+    assert "other" in line
+
+
+def test_sweep_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_finished_sweep(tmp_path, "taken")
+    held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    line = refused(capsys, "launch", "taken", "--storage", tmp_path)
+    assert f"resume taken --storage {tmp_path}" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trials", "0"], ["'0'"]),
+        (["--concurrent", "-1"], ["'-1'"]),
+        (["--cpus-per-trial", "4096"], ["4096"]),
+        (["--epochs", "50"], ["--epochs"]),
+        (["--set", "lr=1"], ["--set"]),
+    ],
+)
+def test_bad_resume(flags: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_finished_sweep(tmp_path, "kept")
+    line = refused(capsys, "resume", "kept", "--storage", tmp_path, *flags)
+    for word in words:
+        assert word in line, line
+
+
+def test_resume_of_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_finished_sweep(tmp_path, "kept")
+    record = (folder / "sweep.yaml").read_text()
+    (folder / "sweep.yaml").write_text(record.replace("noise_seed: 0", "noise_seed: 1"))
+    assert "changed" in refused(capsys, "resume", "kept", "--storage", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["best", "x", "--top", "0"],
+        ["retrain", "x", "--seeds", "none"],
+        ["ui", "--port", "99999"],
+        ["train", "absent.yaml"],
+        ["train", "--method", "alr,ce"],
+        ["train", "--method", "alrr"],
+        ["train", "--epochs", "0"],
+        ["fly"],
+        [],
+    ],
+)
+def test_other_bad_commands(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, *arguments)
+
+
+def test_dry_run_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "alr,ce", "--set", "alr.warmup=0.1", "--range", "lr=0.02:0.2:log", "--epochs", "27"]
+    assert search.main(["launch", "dry", "--storage", str(tmp_path), "--dry-run", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "rungs at 3, 9" in said
+    assert "lr 0.02:0.2:log" in said
+    assert "warmup=0.1" in said
+    assert "realised rate 0.3999" in said  # 575 of 1,438 labels
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_list_and_best_import_no_executor(tmp_path: Path) -> None:
+    """They take seconds each, and a user waits for them: none of Ray, MLflow and torchvision."""
+    make_finished_sweep(tmp_path, "seen")
+    code = f"""
+import sys, search
+for words in (["--help"], ["list"], ["best", "seen"], ["best", "seen", "--json", "--rungs"], ["launch", "a", "--method", "x"]):
+    try:
+        search.main([*words, *(["--storage", {str(tmp_path)!r}] if words != ["--help"] else [])])
+    except SystemExit:
+        pass
+print("imported:", sorted({{"ray", "mlflow", "torchvision"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: []\n")
+    assert "complete" in done.stdout
