@@ -109,9 +109,9 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_decides_as_ray_does_on_a_recorded_trace(tmp_path: Path, budget: dict[str, int], seed: int) -> None:
-    """Identical at every arrival when a cut needs one result, as Ray's does; what a stopped trial would have said is left out."""
+    """Identical at every arrival when a cut needs one result, as Ray's does; a stopped trial says no more."""
     spec = make_spec(budget)
     trace = recorded(seed, num_trials=24, epochs=spec.epochs)
     judge = Judge(tmp_path, **budget)
@@ -126,7 +126,7 @@ def test_by_default_the_first_at_a_rung_go_on(tmp_path: Path, budget: dict[str, 
     """Only the first ``reduction_factor`` arrivals at a rung may differ from Ray, and only towards going on."""
     spec = make_spec(budget)
     num_spared = 0
-    for seed in range(8):
+    for seed in range(6):
         trace = recorded(seed, num_trials=24, epochs=spec.epochs)
         ours = as_we_decide(Judge(tmp_path / str(seed), **budget), trace, stopped_go_on=True)
         theirs = as_ray_decides(trace, spec, stopped_go_on=True)
@@ -139,7 +139,7 @@ def test_by_default_the_first_at_a_rung_go_on(tmp_path: Path, budget: dict[str, 
                 assert our == their
             if epoch in arrived:
                 arrived[epoch] += 1
-    assert num_spared >= 8  # the difference is there
+    assert num_spared >= 6  # the difference is there
 
 
 def test_rungs_worked_by_hand() -> None:

@@ -172,7 +172,7 @@ class Desk:
         """After a trial's state is in the ledger: failures in a row, the checkpoint that is no longer needed, the display."""
         self.failures_in_row = self.failures_in_row + 1 if record.state is TrialState.FAIL else 0
         if self.failures_in_row >= MAX_FAILURES:
-            reason = record.attrs["summary"]["error"].strip().splitlines()[-1]
+            reason = record.summary["error"].strip().splitlines()[-1]
             self._halt(f"{MAX_FAILURES} trials in a row failed; the last one: {reason}")
         dropped = [record]
         if record.state is TrialState.COMPLETE:

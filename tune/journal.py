@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 TAIL = 1 << 16
@@ -121,3 +122,19 @@ class JournalFile(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         self._file.append(logs)
+
+    @property
+    def line(self) -> int:
+        """How many records have been read."""
+        return self._file.line
+
+
+def open_storage(path: Path) -> JournalStorage:
+    """Optuna's storage over a journal. DamagedFile, with its number, for a record that is none of Optuna's."""
+    backend = JournalFile(path)
+    try:
+        return JournalStorage(backend)
+    except DamagedFile:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        raise DamagedFile(f"{path}: line {backend.line} is damaged; the file was left as it is") from error

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
-from tune.journal import JournalFile, LineFile
+from tune.journal import DamagedFile, LineFile, open_storage
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
 
@@ -57,9 +57,15 @@ class Record:
         return self.state.is_finished()
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """What was noted at its end; a kill may leave that of a trial that runs on, and it does not count."""
+        held: dict[str, Any] = self.attrs.get("summary", {}) if self.finished else {}
+        return held
+
+    @property
     def word(self) -> str:
         """``complete``, ``stopped`` (by ASHA), ``diverged``, ``failed`` or ``running``."""
-        if self.attrs.get("summary", {}).get("diverged"):
+        if self.summary.get("diverged"):
             return "diverged"
         words = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
         return words.get(self.state, "running")
@@ -83,19 +89,20 @@ class Ledger:
         self.records: dict[int, Record] = {}
         self.states: Counter[TrialState] = Counter()
         self.lock = threading.RLock()  # the tracker reads from its own thread
-        storage = optuna.storages.JournalStorage(JournalFile(sweep.folder / "journal.log"))
+        self.journal = sweep.folder / "journal.log"
+        storage = open_storage(self.journal)
         known = {study.study_name for study in storage.get_all_studies()}
         if create and kind not in known:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
         elif kind not in known:
             raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
-        self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._sampler(storage))
+        self.study = optuna.load_study(study_name=kind, storage=storage)
         self._read()
 
-    def _sampler(self, storage: optuna.storages.BaseStorage) -> optuna.samplers.BaseSampler:
-        """A sampler whose random numbers go on from the number of trials, so that a resumed search does not repeat itself."""
-        study_id = storage.get_study_id_from_name(self.kind)
-        seed = derive("sampler", self.sweep.spec.seed, storage.get_n_trials(study_id)) % 2**32
+    def _sampler(self, trial: optuna.trial.FrozenTrial) -> optuna.samplers.BaseSampler:
+        """A sampler whose random numbers belong to one trial (to the rest of its proposal, where a kill cut that off), so that
+        a resumed search neither repeats itself nor differs from one that was never interrupted."""
+        seed = derive("sampler", self.sweep.spec.seed, trial.number, len(trial.params)) % 2**32
         if self.sweep.spec.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         with warnings.catch_warnings():
@@ -110,27 +117,34 @@ class Ledger:
             if trial.state is not TrialState.WAITING:
                 self._adopt(trial)
         for line in self.metrics.read():
-            record = self.records.get(line["trial"])
+            try:
+                epoch = EpochRecord(line["epoch"], line["time"], float(line["objective"]), dict(line["metrics"]))
+                record, _ = self.records.get(line["trial"]), float(epoch.metrics["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                place = f"{self.metrics.path}: line {self.metrics.line}"
+                raise DamagedFile(f"{place} is damaged; the file was left as it is") from error
             if record is None:
                 continue
-            epoch = EpochRecord(line["epoch"], line["time"], line["objective"], line["metrics"])
             if epoch.epoch not in record.objectives and not record.finished and not self.read_only:
                 self._set_objective(record, epoch)
             self._note(record, epoch)
 
     def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
         """A record for a stored trial; one whose proposal was cut off gets the rest of its parameters."""
-        if trial.state is TrialState.RUNNING and self.read_only:
-            try:
+        try:
+            if trial.state is TrialState.RUNNING and not self.read_only:
+                self.study.sampler = self._sampler(trial)
+                method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+                trial = self.study._storage.get_trial(trial._trial_id)
+            else:
                 method, values = self.space.read(trial.params)
-            except ValueError:  # its proposal is being written
-                method, values = str(trial.params.get("method", self.space.methods[0])), dict[str, Value]()
-        elif trial.state is TrialState.RUNNING:
-            method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
-            trial = self.study._storage.get_trial(trial._trial_id)
-        else:
-            method, values = self.space.read(trial.params)
-        assert trial.datetime_start is not None
+        except ValueError as error:
+            if trial.state.is_finished() or not self.read_only:
+                lost = f"{self.journal}: what it says of trial {trial.number} is damaged; the file was left as it is"
+                raise DamagedFile(lost) from error
+            method, values = str(trial.params.get("method", self.space.methods[0])), {}  # its proposal is being written
+        started = trial.datetime_start or trial.datetime_complete
+        assert started is not None
         record = Record(
             trial.number,
             trial._trial_id,
@@ -141,7 +155,7 @@ class Ledger:
             dict(trial.user_attrs),
             dict(trial.intermediate_values),
             max(trial.intermediate_values, default=0),
-            started=trial.datetime_start.timestamp(),
+            started=started.timestamp(),
             ended=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
         )
         with self.lock:

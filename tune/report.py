@@ -25,7 +25,6 @@ def rows(ledger: Ledger, runs: Mapping[int, str]) -> list[dict[str, Any]]:
 
 
 def _row(record: Record, run_id: str | None) -> dict[str, Any]:
-    summary = record.attrs.get("summary", {})
     extra: dict[str, Any] = {key: record.attrs[key] for key in ("source", "seed") if key in record.attrs}
     return {
         "trial": record.number,
@@ -36,8 +35,8 @@ def _row(record: Record, run_id: str | None) -> dict[str, Any]:
         "seconds": round(record.seconds, 3),
         "params": {name: value for name, value in record.params.items() if name != "method"},
         "mlflow_run_id": run_id,
-        "test_accuracy": summary.get("test_accuracy", record.metrics.get("test/accuracy")),
-        "error": summary.get("error"),
+        "test_accuracy": record.summary.get("test_accuracy", record.metrics.get("test/accuracy")),
+        "error": record.summary.get("error"),
         **extra,
     }
 
@@ -138,7 +137,7 @@ def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
             groups.setdefault(record.attrs["source"], []).append(record)
     found = []
     for source, records in groups.items():
-        by_seed = {record.attrs["seed"]: record.attrs["summary"]["test_accuracy"] for record in records}
+        by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] for record in records}
         known = [value for value in by_seed.values() if value is not None]
         mean, error = mean_and_error(known) if known else (math.nan, math.nan)
         found.append(

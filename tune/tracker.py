@@ -193,7 +193,7 @@ class Projection:
 
     def _terminate(self, record: Record) -> None:
         run_id = self.runs[record.number]
-        summary = record.attrs["summary"]
+        summary = record.summary
         tags = {"state": record.word, "epochs": summary["epochs"]}
         if "error" in summary:
             tags["error"] = summary["error"][-TAG_LIMIT:]
