@@ -1,13 +1,21 @@
-"""The one checkpoint mechanism: a file that is either the old state or the new one, never half of it."""
+"""The one checkpoint mechanism: a file that is either the old state or the new one, never half of it.
+
+The file is what ``torch.save`` writes, and which ``torch.load`` opens, with the sha256 of that at its end: torch's own reader
+takes damaged tensors for good ones.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class UnreadableCheckpoint(ValueError):
@@ -21,9 +29,12 @@ def save(path: Path, state: dict[str, Any], *, read_back: bool = False) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    buffer = io.BytesIO()  # torch turns the OSError of a full disk into a RuntimeError
+    torch.save(state, buffer)
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
             file.flush()
             os.fsync(file.fileno())
         if read_back:
@@ -38,11 +49,18 @@ def save(path: Path, state: dict[str, Any], *, read_back: bool = False) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads a checkpoint without running code from it. FileNotFoundError; UnreadableCheckpoint where it is damaged."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        raise UnreadableCheckpoint(f"checkpoint {path} is damaged: its checksum is not that of its content")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(state, dict):
         raise UnreadableCheckpoint(f"checkpoint {path} does not hold a state")
     return state

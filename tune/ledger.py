@@ -96,7 +96,8 @@ class Ledger:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
         elif kind not in known:
             raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
-        self.study = optuna.load_study(study_name=kind, storage=storage)
+        self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
+        self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._unused)
         self._read()
 
     def _sampler(self, trial: optuna.trial.FrozenTrial) -> optuna.samplers.BaseSampler:
@@ -135,6 +136,7 @@ class Ledger:
             if trial.state is TrialState.RUNNING and not self.read_only:
                 self.study.sampler = self._sampler(trial)
                 method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+                self.study.sampler = self._unused
                 trial = self.study._storage.get_trial(trial._trial_id)
             else:
                 method, values = self.space.read(trial.params)

@@ -264,7 +264,7 @@ class Interruption:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self.request.unlink(missing_ok=True)
@@ -275,6 +275,10 @@ class Interruption:
         self.signal = number
         self.desk.halted.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def settle(self) -> None:
+        """The trials have stopped: what is left to do is not broken off, but by a second signal."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted
@@ -300,6 +304,7 @@ def execute(sweep: Sweep, kind: str) -> int:
             with Interruption(desk, sweep.folder / "stop") as interruption, contextlib.suppress(Interrupted):
                 if desk.num_counted() < total or desk.waiting:
                     _run(desk, sweep.spec)
+                interruption.settle()
                 tracker.close(spent=desk.num_counted() >= total and not ledger.unfinished())
     if tracker.problem:
         print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)
@@ -328,7 +333,8 @@ def _run(desk: Desk, spec: SweepSpec) -> None:
     try:
         with contextlib.suppress(Interrupted):
             connect(spec.address)
-            desk.concurrent = spec.concurrent or capacity(spec)
+            held = capacity(spec)
+            desk.concurrent = min(spec.concurrent or held, held)
             _tune(desk, spec)
     finally:
         ray.shutdown()
