@@ -184,7 +184,7 @@ class Experiment:
         except checkpoint.UnreadableCheckpoint as error:
             log.warning("%s; the trial starts over", error)
             return
-        if state["recipe"] != self.recipe.fingerprint:
+        if state.get("recipe") != self.recipe.fingerprint:
             log.warning("checkpoint %s belongs to another configuration; the trial starts over", self.path)
             return
         self.method.load_state_dict(state["method"])

@@ -107,7 +107,7 @@ def area_under_roc(score: Tensor, positive: Tensor) -> dict[str, Tensor]:
 
     ``score`` [N] float, ``positive`` [N] bool; empty where one of the two kinds is absent or a score is not a number.
     """
-    num_positive = positive.sum()
+    num_positive = positive.sum().double()  # products of counts exceed what float32 holds
     num_negative = len(positive) - num_positive
     if num_positive == 0 or num_negative == 0 or score.isnan().any():
         return {}
