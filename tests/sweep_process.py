@@ -14,10 +14,12 @@ from typing import Any
 import psutil
 
 from tests.sweeps import make_sweep, play
+from tune import report
 from tune.desk import Desk
 from tune.ledger import Ledger
 from tune.recipes import default_recipe
 from tune.spec import Sweep
+from tune.tracker import noted_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]
@@ -72,9 +74,14 @@ def epochs_by_trial(folder: Path) -> dict[int, list[int]]:
 
 
 def board(storage: Path, name: str) -> list[dict[str, Any]]:
-    """``best --json``."""
-    rows: list[dict[str, Any]] = json.loads(search("best", name, "--storage", storage, "--json").stdout)
-    return rows
+    """What ``best --json`` prints."""
+    ledger = Ledger(Sweep.find(storage, name), read_only=True)
+    return report.rows(ledger, noted_runs(storage / name))
+
+
+def rungs(storage: Path, name: str) -> dict[str, dict[str, float]]:
+    """What ``best --rungs`` prints."""
+    return report.rungs(Ledger(Sweep.find(storage, name), read_only=True))
 
 
 def assert_whole(folder: Path, rows: list[dict[str, Any]], trials: int) -> None:

@@ -257,8 +257,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self.request.unlink(missing_ok=True)
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+        self._previous = self.listen()
         threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
         return self
 
@@ -275,6 +274,11 @@ class Interruption:
         self.signal = number
         self.desk.halted.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def listen(self) -> dict[int, Any]:
+        """Installs the handlers, and returns the ones before. To be called again after Ray has started: it brings its own."""
+        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle, signal.SIGALRM: self._give_up}
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def settle(self) -> None:
         """The trials have stopped: what is left to do is not broken off, but by a second signal."""
@@ -303,7 +307,7 @@ def execute(sweep: Sweep, kind: str) -> int:
             tracker = Tracker(ledger, tracking_uri(sweep.storage, sweep.spec.tracking))
             with Interruption(desk, sweep.folder / "stop") as interruption, contextlib.suppress(Interrupted):
                 if desk.num_counted() < total or desk.waiting:
-                    _run(desk, sweep.spec)
+                    _run(desk, sweep.spec, interruption)
                 interruption.settle()
                 tracker.close(spent=desk.num_counted() >= total and not ledger.unfinished())
     if tracker.problem:
@@ -318,7 +322,7 @@ def execute(sweep: Sweep, kind: str) -> int:
     return 0
 
 
-def _run(desk: Desk, spec: SweepSpec) -> None:
+def _run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
     """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
@@ -333,6 +337,7 @@ def _run(desk: Desk, spec: SweepSpec) -> None:
     try:
         with contextlib.suppress(Interrupted):
             connect(spec.address)
+            interruption.listen()
             held = capacity(spec)
             desk.concurrent = min(spec.concurrent or held, held)
             _tune(desk, spec)

@@ -238,12 +238,12 @@ class Projection:
         sweep and its unfinished trials wait (SCHEDULED) for a resume."""
         self.sync()
         self._write_table()
-        best = self.ledger.best()
+        best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
         if best:
             self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
         table = json.dumps(rows(self.ledger, self.runs), indent=1)
         self.client.log_text(self.parent, table, "leaderboard.json")
-        page = plots_page(self.ledger)
+        page = plots_page(self.ledger) if best else ""
         if page:
             self.client.log_text(self.parent, page, "plots.html")
         for record in self.ledger.unfinished():
