@@ -82,6 +82,7 @@ class Judge:
         if trial not in self.records:
             self.records[trial] = self.ledger.ask()
         record = self.records[trial]
+        self.ledger._note(record, epoch_record(epoch, value))
         record.objectives[epoch] = value
         record.epochs = epoch
         return self.rungs.stops(record, epoch)
@@ -221,6 +222,29 @@ def test_rungs_of_a_reopened_ledger_are_those_before(tmp_path: Path) -> None:
         for rung in desk.rungs.values:
             enters = record.epochs >= rung > (2 if record.method == "alr" else 0)
             assert (record.number in desk.rungs.values[rung]) == enters
+
+
+def test_a_decision_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    """Each trial at each rung asked again by a new driver, when the others, the later and better ones, are there too."""
+    fields: dict[str, Any] = {"trials": 40, "epochs": 9, "reduction_factor": 2, "grace_epochs": 1}
+    sweep = make_sweep(tmp_path, **fields)
+    ledger = Ledger(sweep)
+    before, decisions = Rungs(ledger), {}
+    stream = random.Random(0)
+    live = [ledger.ask() for _ in range(20)]
+    while live:
+        record = stream.choice(live)
+        epoch = record.epochs + 1
+        ledger.report(record, [epoch_record(epoch, 0.5 * stream.random() + 0.02 * record.number)])
+        if epoch in before.values:
+            decisions[record.number, epoch] = before.stops(record, epoch)
+        if decisions.get((record.number, epoch)) or epoch == 9:
+            live.remove(record)
+    again = Ledger(sweep)
+    after = Rungs(again)
+    assert {key: after.stops(again.records[key[0]], key[1]) for key in decisions} == decisions
+    assert sum(decisions.values()) >= 8
+    assert list(decisions.values()).count(False) >= 8
 
 
 def test_a_reader_knows_when_the_method_of_a_running_trial_begins(tmp_path: Path) -> None:

@@ -183,12 +183,14 @@ class Desk:
         self.on_event("ended", record)
 
     def _drop_stray_checkpoints(self) -> None:
-        """Removes checkpoints that a kill left behind: of finished trials that are not among the best few."""
+        """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""
         kept = {str(record.number) for record in [*self.ledger.unfinished(), *self.top]}
         if self.ledger.checkpoints.is_dir():
             for folder in self.ledger.checkpoints.iterdir():
                 if folder.name not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
+                for half in folder.glob(".*"):
+                    half.unlink(missing_ok=True)
 
     def _halt(self, problem: str) -> Finished:
         self.problem = self.problem or problem

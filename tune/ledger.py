@@ -42,6 +42,7 @@ class Record:
     params: dict[str, Value]
     attrs: dict[str, Any]
     objectives: dict[int, float] = field(default_factory=dict)
+    arrived: dict[int, int] = field(default_factory=dict)  # epoch -> how many of all trials were recorded up to it
     epochs: int = 0  # the last epoch whose value is in the ledger; 0 before the first
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each name
     seconds: float = 0.0
@@ -87,6 +88,7 @@ class Ledger:
         self.checkpoints = folder / "checkpoints"
         self.metrics = LineFile(folder / "metrics.jsonl")
         self.records: dict[int, Record] = {}
+        self.num_epochs = 0  # of all trials, in the order of their recording
         self.states: Counter[TrialState] = Counter()
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = sweep.folder / "journal.log"
@@ -156,7 +158,7 @@ class Ledger:
             dict(trial.params),
             dict(trial.user_attrs),
             dict(trial.intermediate_values),
-            max(trial.intermediate_values, default=0),
+            epochs=max(trial.intermediate_values, default=0),
             started=started.timestamp(),
             ended=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
         )
@@ -204,6 +206,8 @@ class Ledger:
         record.epochs = max(record.epochs, epoch.epoch)
 
     def _note(self, record: Record, epoch: EpochRecord) -> None:
+        self.num_epochs += 1
+        record.arrived[epoch.epoch] = self.num_epochs
         record.metrics.update(epoch.metrics)
         record.seconds += epoch.metrics["seconds"]
 
@@ -245,6 +249,8 @@ class Ledger:
         return False
 
     def _set_attr(self, record: Record, key: str, value: Any) -> None:
+        if record.attrs.get(key) == value:
+            return  # from before a kill; a driver that is killed after every single write gets ahead all the same
         self.study._storage.set_trial_user_attr(record.trial_id, key, value)
         record.attrs[key] = value
 

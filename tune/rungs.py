@@ -47,10 +47,12 @@ class Rungs:
         return first_epoch(self.ledger.space.begins(record.method, record.values), self.total_epochs)
 
     def stops(self, record: Record, epoch: int) -> bool:
-        """Judges a trial at ``epoch``, which is in the ledger, against those that came before, and enters it."""
+        """Judges a trial at ``epoch``, which is in the ledger, against those that came before, and enters it. Asked again after
+        a restart, when others have come since, it says the same."""
         self._enter(record, epoch)
         standing = self.values.get(epoch, {})
         if record.number not in standing:
             return False
-        others = [value for number, value in standing.items() if number != record.number]
+        records, now = self.ledger.records, record.arrived[epoch]
+        others = [value for number, value in standing.items() if records[number].arrived.get(epoch, now) < now]
         return below_cut(standing[record.number], others, self.reduction_factor, self.min_results)
