@@ -218,6 +218,7 @@ def ui(options: argparse.Namespace) -> int:
     if not (storage / "mlflow.db").is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     quiet()
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here
     print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(storage, "")]
     os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])

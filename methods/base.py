@@ -51,7 +51,7 @@ class Config:
     """Hyperparameters that every method has. Lengths and memories are fractions of the full budget."""
 
     lr: float = hyperparameter(
-        0.05, "learning rate at the start; falls to 0 along a half cosine", legal="(0, inf)", search=(0.01, 0.3), log=True
+        0.05, "learning rate at the start; falls to 0 along a half cosine", legal="(0, inf)", search=(0.005, 0.1), log=True
     )
     weight_decay: float = hyperparameter(
         1e-3, "L2 penalty, coupled, on every parameter", legal="[0, inf)", search=(1e-5, 1e-2), log=True

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from tune.journal import LineFile
 from tune.ledger import SWEEP, Ledger, Record
-from tune.report import best_config_text, markdown_table, plots_page, rows
+from tune.report import best_config_text, markdown_table, plots_page, rows, short
 
 STATUS = {
     TrialState.COMPLETE: "FINISHED",
@@ -80,7 +80,8 @@ class Projection:
             return str(found.experiment_id)
         local = self.uri.startswith("sqlite:")  # beside the database; a server decides for itself
         location = (self.sweep.storage / "mlartifacts" / self.sweep.name).resolve().as_uri() if local else None
-        return str(self.client.create_experiment(self.sweep.name, artifact_location=location))
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the pages for training runs, not those for chats
+        return str(self.client.create_experiment(self.sweep.name, artifact_location=location, tags=tags))
 
     def _tags(self, role: str) -> dict[str, str]:
         return {"sweep": self.sweep.name, "sweep_id": self.sweep.provenance["id"], "study": self.ledger.kind, "role": role}
@@ -267,9 +268,9 @@ class Projection:
 
 
 def run_name(record: Record) -> str:
-    """Number, method and the method's own parameters, for a person to read."""
-    own = {name.split(".")[-1]: value for name, value in record.params.items() if name != "method"}
-    words = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in own.items()]
+    """Number, method and its key parameters, the method's own ones first, for a person to read."""
+    names = sorted((name for name in record.params if name != "method"), key=lambda name: "." not in name)
+    words = [f"{name.split('.')[-1]}={short(record.params[name])}" for name in names]
     return " ".join([f"{record.number:03d}", record.method, *words[:4]])
 
 
