@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import logging
 import os
 import platform
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from optuna.trial import TrialState
 
 from methods.base import first_epoch
+from tune import executor
 from tune.desk import Desk
 from tune.display import Display
+from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_lock
 from tune.ledger import RETRAIN, SWEEP, Ledger
 from tune.recipes import default_recipe
 from tune.space import Space
@@ -37,12 +32,7 @@ from tune.spec import Sweep, SweepSpec, check_name
 from tune.tracker import Tracker, tracking_uri
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, and the epochs in progress did not end in time."""
 
 
 # -- before anything is written ---------------------------------------------------------------------------------------
@@ -209,28 +199,10 @@ def resume_command(folder: Path, kind: str = SWEEP) -> str:
     return f"python search.py {verb} {folder.name}{place}"
 
 
-# -- one driver at a time ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def driver_lock(folder: Path) -> Iterator[None]:
-    """Holds the sweep. The kernel lets go of it with the process. ValueError names the process that has it."""
-    with (folder / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise ValueError(f"sweep {folder.name!r} is being run by {file.read().strip() or 'another process'}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
 def stop(name: str, storage: Path, patience: float = 30.0) -> int:
     """Asks the driver of a running sweep to stop, as Ctrl-C does, and waits for it."""
     folder = Sweep.find(storage, name).folder
-    request = folder / "stop"
+    request = folder / STOP_REQUEST
     deadline = time.monotonic() + patience
     asked = False
     while time.monotonic() < deadline:
@@ -246,54 +218,6 @@ def stop(name: str, storage: Path, patience: float = 30.0) -> int:
     raise ValueError(f"sweep {name!r} did not stop within {patience:.0f} s")
 
 
-class Interruption:
-    """SIGINT, SIGTERM and ``stop NAME``: no new trial; epochs in progress get some seconds; then the run is broken off."""
-
-    def __init__(self, desk: Desk, request: Path) -> None:
-        self.desk = desk
-        self.request = request
-        self.signal = 0
-        self._over = threading.Event()
-
-    def __enter__(self) -> Interruption:
-        self.request.unlink(missing_ok=True)
-        self._previous = self.listen()
-        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self.settle()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self.request.unlink(missing_ok=True)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise Interrupted
-        self.signal = number
-        self.desk.halted.set()
-        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
-
-    def listen(self) -> dict[int, Any]:
-        """Installs the handlers, and returns the ones before. To be called again after Ray has started: it brings its own."""
-        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle, signal.SIGALRM: self._give_up}
-        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
-
-    def settle(self) -> None:
-        """The trials have stopped: what is left to do is not broken off, but by a second signal."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def _give_up(self, number: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            if self.request.exists():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -305,9 +229,9 @@ def execute(sweep: Sweep, kind: str) -> int:
         with Display(ledger, total) as display:
             desk = Desk(ledger, total=total, concurrent=0, on_event=display.event)
             tracker = Tracker(ledger, tracking_uri(sweep.storage, sweep.spec.tracking))
-            with Interruption(desk, sweep.folder / "stop") as interruption, contextlib.suppress(Interrupted):
+            with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(Interrupted):
                 if desk.num_counted() < total or desk.waiting:
-                    _run(desk, sweep.spec, interruption)
+                    executor.run(desk, sweep.spec, interruption)
                 interruption.settle()
                 tracker.close(spent=desk.num_counted() >= total and not ledger.unfinished())
     if tracker.problem:
@@ -320,101 +244,3 @@ def execute(sweep: Sweep, kind: str) -> int:
         print(f"error: {desk.problem}; go on with: {resume_command(sweep.folder, kind)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
-    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    import ray
-
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        with contextlib.suppress(Interrupted):
-            connect(spec.address)
-            interruption.listen()
-            held = capacity(spec)
-            desk.concurrent = min(spec.concurrent or held, held)
-            _tune(desk, spec)
-    finally:
-        ray.shutdown()
-
-
-def connect(address: str) -> None:
-    """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us."""
-    import ray
-
-    shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"]} if address else None
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if not address else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=shipped,
-        )
-    except ray.exceptions.AuthenticationError as error:
-        raise ValueError(f"Ray refuses its token: {str(error).split('. ')[0]}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if not address:
-            raise
-        raise ValueError(f"Ray cluster {address!r} cannot be joined: {' '.join(str(error).split())}") from error
-
-
-def capacity(spec: SweepSpec) -> int:
-    """How many trials the nodes hold at a time. ValueError where no node holds even one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    total = 0
-    for node in nodes:
-        fits = [node.get("CPU", 0.0) // spec.cpus_per_trial]
-        if spec.gpus_per_trial >= 1:
-            fits.append(node.get("GPU", 0.0) // spec.gpus_per_trial)
-        elif spec.gpus_per_trial > 0:
-            fits.append(node.get("GPU", 0.0) * (1 // spec.gpus_per_trial))  # a fraction does not span two GPUs
-        total += int(min(fits))
-    if not total:
-        most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
-        raise ValueError(
-            f"no node holds a trial of {spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs; "
-            f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
-        )
-    return total
-
-
-def _tune(desk: Desk, spec: SweepSpec) -> None:
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.concurrent)  # start the first ones together
-    from ray import tune
-
-    from tune.scheduler import LedgerScheduler
-    from tune.searcher import LedgerSearcher
-    from tune.trial import TrialActor
-
-    scratch = tempfile.mkdtemp(prefix="noisy-label-search-")
-    try:
-        tuner = tune.Tuner(
-            tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
-            tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(desk),
-                scheduler=LedgerScheduler(desk),
-                num_samples=-1,
-                reuse_actors=True,
-                trial_name_creator=lambda trial: trial.trial_id,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=scratch,
-                verbose=0,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            ),
-        )
-        tuner.fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

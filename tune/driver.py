@@ -1,0 +1,86 @@
+"""One driver at a time, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tune.desk import Desk
+
+GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
+STOP_REQUEST = "stop"  # the file by which another process asks
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, and the epochs in progress did not end in time."""
+
+
+@contextlib.contextmanager
+def driver_lock(folder: Path) -> Iterator[None]:
+    """Holds the sweep. The kernel lets go of it with the process. ValueError names the process that has it."""
+    with (folder / "driver.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise ValueError(f"sweep {folder.name!r} is being run by {file.read().strip() or 'another process'}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+class Interruption:
+    """SIGINT, SIGTERM and ``stop NAME``: no new trial; epochs in progress get some seconds; then the run is broken off."""
+
+    def __init__(self, desk: Desk, request: Path) -> None:
+        self.desk = desk
+        self.request = request
+        self.signal = 0
+        self._over = threading.Event()
+
+    def __enter__(self) -> Interruption:
+        self.request.unlink(missing_ok=True)
+        self._previous = self.listen()
+        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self.settle()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.request.unlink(missing_ok=True)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise Interrupted
+        self.signal = number
+        self.desk.halted.set()
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def listen(self) -> dict[int, Any]:
+        """Installs the handlers, and returns the ones before. To be called again after Ray has started: it brings its own."""
+        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle, signal.SIGALRM: self._give_up}
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def settle(self) -> None:
+        """The trials have stopped: what is left to do is not broken off, but by a second signal."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            if self.request.exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return

@@ -1,0 +1,114 @@
+"""Ray Tune as the executor: started or joined, run until the desk is done, and thrown away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tune.desk import Desk
+from tune.driver import Interrupted, Interruption
+from tune.spec import SweepSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
+    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        with contextlib.suppress(Interrupted):
+            connect(spec.address)
+            interruption.listen()
+            held = capacity(spec)
+            desk.concurrent = min(spec.concurrent or held, held)
+            _tune(desk, spec)
+    finally:
+        ray.shutdown()
+
+
+def connect(address: str) -> None:
+    """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us."""
+    import ray
+
+    shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"]} if address else None
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if not address else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=shipped,
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise ValueError(f"Ray refuses its token: {str(error).split('. ')[0]}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not address:
+            raise
+        raise ValueError(f"Ray cluster {address!r} cannot be joined: {' '.join(str(error).split())}") from error
+
+
+def capacity(spec: SweepSpec) -> int:
+    """How many trials the nodes hold at a time. ValueError where no node holds even one."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    total = 0
+    for node in nodes:
+        fits = [node.get("CPU", 0.0) // spec.cpus_per_trial]
+        if spec.gpus_per_trial >= 1:
+            fits.append(node.get("GPU", 0.0) // spec.gpus_per_trial)
+        elif spec.gpus_per_trial > 0:
+            fits.append(node.get("GPU", 0.0) * (1 // spec.gpus_per_trial))  # a fraction does not span two GPUs
+        total += int(min(fits))
+    if not total:
+        most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
+        raise ValueError(
+            f"no node holds a trial of {spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs; "
+            f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
+        )
+    return total
+
+
+def _tune(desk: Desk, spec: SweepSpec) -> None:
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.concurrent)  # start the first ones together
+    from ray import tune
+
+    from tune.scheduler import LedgerScheduler
+    from tune.searcher import LedgerSearcher
+    from tune.trial import TrialActor
+
+    scratch = tempfile.mkdtemp(prefix="noisy-label-search-")
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
+            tune_config=tune.TuneConfig(
+                search_alg=LedgerSearcher(desk),
+                scheduler=LedgerScheduler(desk),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=scratch,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
