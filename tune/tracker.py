@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,35 @@ def noted_runs(folder: Path) -> dict[int, str]:
     return {note["trial"]: note["run"] for note in LineFile(folder / "tracker.jsonl").read() if "trial" in note}
 
 
+class Answering:
+    """An MLflow client that says when a call came back with an answer."""
+
+    def __init__(self, client: Any, answered: Callable[[], None]) -> None:
+        self._client = client
+        self._answered = answered
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def answering(*arguments: Any, **options: Any) -> Any:
+            answer = call(*arguments, **options)
+            self._answered()
+            return answer
+
+        return answering
+
+
 class Projection:
     """Brings an MLflow store up to the ledger, from wherever it is. Any of its calls may raise what MLflow raises."""
 
-    def __init__(self, ledger: Ledger, uri: str) -> None:
+    def __init__(self, ledger: Ledger, uri: str, answered: Callable[[], None] = lambda: None) -> None:
         quiet()
         from mlflow.tracking import MlflowClient
 
         self.ledger = ledger
         self.sweep = ledger.sweep
         self.uri = uri
-        self.client: Any = MlflowClient(tracking_uri=uri)
+        self.client: Any = Answering(MlflowClient(tracking_uri=uri), answered)
         self.notes = LineFile(ledger.metrics.path.with_name("tracker.jsonl"), fsync=False)
         self.metrics = LineFile(ledger.metrics.path)
         self.experiment_id = self._experiment()
@@ -100,34 +119,38 @@ class Projection:
     def _parent(self) -> str:
         found = self._search("sweep")
         if found:
-            run_id = str(found[0].info.run_id)
+            run_id, known = str(found[0].info.run_id), found[0].data.params
             self.client.update_run(run_id, status="RUNNING")
-            return run_id
-        name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
-        started = int(self.sweep.provenance["created"] * 1000)
-        run = self.client.create_run(self.experiment_id, start_time=started, tags=self._tags("sweep"), run_name=name)
-        from mlflow.entities import Param
-
+        else:
+            name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
+            started = int(self.sweep.provenance["created"] * 1000)
+            run = self.client.create_run(self.experiment_id, start_time=started, tags=self._tags("sweep"), run_name=name)
+            run_id, known = str(run.info.run_id), {}
         spec = {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in self._record().items()}
-        self.client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in spec.items()])
-        return str(run.info.run_id)
+        self._send_params(run_id, spec, known)
+        return run_id
 
     def _record(self) -> dict[str, Any]:
         return {**self.sweep.spec.to_dict(), **{f"made_with.{k}": v for k, v in self.sweep.provenance.items()}}
 
     def _find_runs(self) -> None:
-        """Runs that an earlier process made; their parameters are sent again, which changes nothing if they are there."""
+        """Runs that an earlier process made; what it did not get to, their parameters or a note of them, is made up for."""
         for run in self._search("trial"):
-            number = int(run.data.tags["trial"])
-            self.status[run.info.run_id] = run.info.status
+            number, run_id = int(run.data.tags["trial"]), str(run.info.run_id)
+            self.status[run_id] = run.info.status
             if number in self.ledger.records:
-                self._send_params(run.info.run_id, self.ledger.records[number])
-                self.runs[number] = run.info.run_id
+                self._send_params(run_id, self._params(self.ledger.records[number]), run.data.params)
+                self.runs[number] = run_id
 
     def _read_notes(self) -> None:
+        noted = set()
         for note in self.notes.read():
+            noted.add(note.get("run"))
             if note.get("parent") == self.parent:
                 self.metrics.offset, self.metrics.line = note["offset"], note["line"]
+        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if run not in noted]
+        if lacking:
+            self.notes.append(lacking)
 
     # -- bringing the store up to date --------------------------------------------------------------------------------
 
@@ -155,21 +178,28 @@ class Projection:
             self.experiment_id, start_time=int(record.started * 1000), tags=tags, run_name=run_name(record)
         )
         self.status[run.info.run_id] = "RUNNING"
-        self._send_params(run.info.run_id, record)
+        self._send_params(run.info.run_id, self._params(record), {})
         self.runs[record.number] = str(run.info.run_id)
         self.notes.append([{"trial": record.number, "run": run.info.run_id}])
 
-    def _send_params(self, run_id: str, record: Record) -> None:
+    def _params(self, record: Record) -> dict[str, Any]:
+        return {"method": record.method, **record.values, "seed": self.ledger.seed(record)}
+
+    def _send_params(self, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        """Those that a run lacks: MLflow takes a parameter once, and a resume may change resources."""
         from mlflow.entities import Param
 
-        params = {"method": record.method, **record.values, "seed": self.ledger.seed(record)}
-        self.client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        missing = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        if missing:
+            self.client.log_batch(run_id, params=missing)
 
     def _send_metrics(self) -> None:
         from mlflow.entities import Metric
 
         waiting: dict[int, list[Any]] = {}
         for line in self.metrics.read():
+            if line["trial"] not in self.ledger.records:
+                continue
             values = {"val/objective": line["objective"], **line["metrics"]}
             at = int(line["time"] * 1000)
             waiting.setdefault(line["trial"], []).extend(Metric(k, v, at, line["epoch"]) for k, v in values.items())
@@ -209,17 +239,20 @@ class Projection:
             self.status[run_id] = status
 
     def _update_parent(self, ended: list[Record]) -> None:
-        """The best value so far over finished trials, in the order in which they ended; now and then the table."""
+        """The best value so far and what became of the trials, in the order in which they ended; now and then the table."""
         from mlflow.entities import Metric
 
         if len(ended) == self.num_finished:
             return
-        best, curve = -1.0, []
+        best, counts, curve = -1.0, dict.fromkeys(STATUS, 0), []
         for step, record in enumerate(ended, 1):
+            counts[record.state] += 1
             if record.state is TrialState.COMPLETE and record.value is not None:
                 best = max(best, record.value)
-            if best >= 0 and step > self.num_finished:
-                curve.append(Metric("val/objective", best, int(record.ended * 1000), step))
+            if step > self.num_finished:
+                values: dict[str, float] = {f"trials/{state.name.lower()}": count for state, count in counts.items()}
+                values |= {"val/objective": best} if best >= 0 else {}
+                curve += [Metric(name, value, int(record.ended * 1000), step) for name, value in values.items()]
         for start in range(0, len(curve), BATCH):
             self.client.log_batch(self.parent, metrics=curve[start : start + BATCH])
         self.num_finished = len(ended)
@@ -249,22 +282,10 @@ class Projection:
             self.client.log_text(self.parent, page, "plots.html")
         for record in self.ledger.unfinished():
             self._set_status(self.runs[record.number], "SCHEDULED")
-        self._count_states()
         if spent:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
-
-    def _count_states(self) -> None:
-        from mlflow.entities import Metric
-
-        with self.ledger.lock:
-            ended = [record.ended for record in self.ledger.records.values() if record.finished]
-            counts = {state.name.lower(): self.ledger.count(state) for state in STATUS}
-        if ended:
-            at, step = int(max(ended) * 1000), len(ended)
-            metrics = [Metric(f"trials/{name}", count, at, step) for name, count in counts.items()]
-            self.client.log_batch(self.parent, metrics=metrics)
 
 
 def run_name(record: Record) -> str:
@@ -282,18 +303,23 @@ class Tracker:
         self.uri = uri
         self.problem = ""
         self._projection: Projection | None = None
+        self._answered_at = time.monotonic()
         self._stop = threading.Event()
+        self._spent = False
+        self._deadline = 0.0  # after which a last word that was refused is not tried again
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.wait(PAUSE):
             self._attempt(lambda projection: projection.sync())
+        while not self._attempt(lambda projection: projection.close(spent=self._spent)) and time.monotonic() < self._deadline:
+            time.sleep(min(1.0, PAUSE))
 
-    def _attempt(self, action: Any) -> bool:
+    def _attempt(self, action: Callable[[Projection], None]) -> bool:
         try:
             if self._projection is None:
-                self._projection = Projection(self.ledger, self.uri)
+                self._projection = Projection(self.ledger, self.uri, self._answered)
             action(self._projection)
         except Exception as error:  # noqa: BLE001  the tracker's boundary: a store that fails is tried again, whatever it raises
             self.problem = " ".join(str(error).split()) or type(error).__name__
@@ -302,12 +328,17 @@ class Tracker:
         self.problem = ""
         return True
 
+    def _answered(self) -> None:
+        self._answered_at = time.monotonic()
+
     def close(self, *, spent: bool, patience: float = 30.0) -> None:
-        """Sends the rest, trying for ``patience`` seconds; ``problem`` says what stood in the way, if anything did."""
+        """Sends the rest, for as long as the store answers; ``problem`` says what stood in the way, if anything did. It gives
+        up when calls have failed for ``patience`` seconds, or one has not come back for as long."""
+        self._spent, self._deadline = spent, time.monotonic() + patience
+        self._answered()
         self._stop.set()
-        self._thread.join(patience)
-        deadline = time.monotonic() + patience
-        while not self._attempt(lambda projection: projection.close(spent=spent)):
-            if time.monotonic() > deadline:
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            if time.monotonic() > self._answered_at + patience:
+                self.problem = self.problem or f"no answer for {patience:g} s"
                 return
-            time.sleep(1)

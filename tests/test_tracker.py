@@ -1,0 +1,544 @@
+"""MLflow read back through its own client: what the ledger says, once, however often it was sent, and rebuilt from nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines
+from tune import tracker as tracker_module
+from tune.desk import Desk
+from tune.ledger import RETRAIN, Ledger
+from tune.recipes import from_yaml, of_trial
+from tune.report import rows
+from tune.spec import Sweep
+from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name, tracking_uri
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
+OURS = {"sweep", "sweep_id", "study", "role", "trial", "method", "state", "epochs", "error", "source", "seed", "best_params"}
+
+
+@pytest.fixture
+def storage(tmp_path: Path, migrated_store: Path) -> Path:
+    return new_storage(tmp_path / "runs", migrated_store)
+
+
+def new_storage(folder: Path, migrated_store: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    return folder
+
+
+def start_sweep(storage: Path, **fields: Any) -> Sweep:
+    fields = {"method": ("alr",), "trials": 6, "epochs": 9, "reduction_factor": 2, "set": {"warmup": "0"}, **fields}
+    return make_sweep(storage, **fields)
+
+
+def play(ledger: Ledger, trials: int = 6, *, keep: int = 0, between: Callable[[], None] = lambda: None) -> None:
+    """Trials two at a time, one epoch each in turn: the second diverges, the third fails, ``keep`` are left in progress;
+    ``between`` is called after each epoch."""
+    desk = Desk(ledger, total=trials, concurrent=2)
+    for given in range(10**6):
+        while len(desk.live) < 2 and desk.num_counted() + len(desk.live) < trials - (0 if desk.waiting else keep):
+            desk.next(f"{given}-{len(desk.live)}-{time.monotonic_ns()}")
+        if not desk.live:
+            break
+        for key, record in list(desk.live.items()):
+            epoch = record.epochs + 1
+            diverged, failed = record.number == 1 and epoch == 3, record.number == 2 and epoch == 2
+            value = made_up(record.values, epoch)
+            more = {"test/accuracy": value / 2, "refine/drift": 0.0}
+            new = [] if diverged or failed else [epoch_record(epoch, value, **more)]
+            if not desk.result(key, new, failure=TRACEBACK if failed else None, diverged=diverged):
+                desk.ended(key)
+            between()
+    for kept in range(keep):
+        desk.next(f"kept-{kept}")
+        desk.result(f"kept-{kept}", [epoch_record(1, 0.25)], failure=None, diverged=False)
+
+
+def read_store(storage: Path, name: str = "first") -> dict[str, Any]:
+    """All of ours that an MLflow store holds of a sweep: the parent, and the children by trial. Run ids are left out."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_uri(storage, ""))
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    found: dict[str, Any] = {}
+    for run in client.search_runs([experiment.experiment_id], max_results=1000):
+        tags = run.data.tags
+        study = {} if tags["study"] == "sweep" else {"study": tags["study"]}
+        key = "/".join([*study.values(), "parent" if tags["role"] == "sweep" else tags["trial"]])
+        assert key not in found, "two runs of one trial"
+        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        found[key] = {
+            "name": run.info.run_name,
+            "status": run.info.status,
+            "times": (run.info.start_time, run.info.end_time),
+            "params": run.data.params,
+            "tags": {key: value for key, value in tags.items() if key in OURS},
+            "metrics": {key: sorted((m.step, m.timestamp, m.value) for m in history) for key, history in histories.items()},
+            "run_id": run.info.run_id,
+            "links": {key: tags.get(key) for key in ("mlflow.parentRunId", "best_run_id", "mlflow.note.content")},
+        }
+    return found
+
+
+def without_ids(store: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same in two stores of one sweep. The parent's own end is the time of the last close."""
+    kept = {key: {k: v for k, v in run.items() if k not in ("run_id", "links")} for key, run in store.items()}
+    for key in kept:
+        if key.endswith("parent"):
+            kept[key]["times"] = kept[key]["times"][:1]
+    return kept
+
+
+def steps_once(store: dict[str, Any]) -> bool:
+    """Every metric of every run has each step once."""
+    return all(
+        len({step for step, _, _ in history}) == len(history) for run in store.values() for history in run["metrics"].values()
+    )
+
+
+def rebuilt(sweep: Sweep, folder: Path, migrated_store: Path) -> dict[str, Any]:
+    """The store that ledger and metrics alone make, from nothing, in one go."""
+    other = new_storage(folder, migrated_store)
+    (other / sweep.name).mkdir()
+    for name in ("sweep.yaml", "journal.log", "metrics.jsonl"):
+        shutil.copy(sweep.folder / name, other / sweep.name / name)
+    ledger = Ledger(Sweep.read(other / sweep.name))
+    spent = not ledger.unfinished()
+    Projection(ledger, tracking_uri(other, "")).close(spent=spent)
+    return read_store(other)
+
+
+# -- read back --------------------------------------------------------------------------------------------------------
+
+
+def test_what_happened_is_what_mlflow_shows(storage: Path) -> None:
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    play(ledger)
+    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    store = read_store(storage)
+    assert set(store) == {"parent", *map(str, range(7))}
+    words = {record.number: record.word for record in ledger.records.values()}
+    assert {"complete", "stopped", "diverged", "failed"} == set(words.values())
+    status = {"complete": "FINISHED", "stopped": "KILLED", "diverged": "KILLED", "failed": "FAILED"}
+    recorded = metric_lines(sweep)
+    for record in ledger.records.values():
+        run = store[str(record.number)]
+        assert run["status"] == status[record.word]
+        assert run["links"]["mlflow.parentRunId"] == store["parent"]["run_id"]
+        assert run["name"] == run_name(record)
+        assert run["times"] == (int(record.started * 1000), int(record.ended * 1000))
+        expected = {"method": record.method, **record.values, "seed": ledger.seed(record)}
+        assert run["params"] == {key: str(value) for key, value in expected.items()}
+        tags = {"sweep": "first", "sweep_id": sweep.provenance["id"], "study": "sweep", "role": "trial", "method": "alr"}
+        tags |= {"trial": str(record.number), "state": record.word, "epochs": str(record.epochs)}
+        assert run["tags"] == tags | ({"error": TRACEBACK} if record.word == "failed" else {})
+        lines = [line for line in recorded if line["trial"] == record.number]
+        for key in ("val/objective", *lines[0]["metrics"]):
+            told = [(line["epoch"], int(line["time"] * 1000), line["metrics"].get(key, line["objective"])) for line in lines]
+            assert run["metrics"][key] == told
+        assert set(run["metrics"]) == {"val/objective", *lines[0]["metrics"]}
+    assert steps_once(store)
+    assert noted_runs(sweep.folder) == {number: store[str(number)]["run_id"] for number in words}
+
+
+def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    play(ledger)
+    projection = Projection(ledger, tracking_uri(storage, ""))
+    projection.close(spent=True)
+    parent, best = read_store(storage)["parent"], ledger.best()
+    assert best is not None
+    assert (parent["name"], parent["status"], parent["times"][0]) == ("first", "FINISHED", int(CREATED * 1000))
+    assert parent["params"]["epochs"] == "9"
+    assert parent["params"]["made_with.id"] == sweep.provenance["id"]
+    assert json.loads(parent["params"]["set"]) == {"warmup": "0"}
+    assert json.loads(parent["tags"]["best_params"]) == {"method": "alr", **best.values}
+    assert parent["links"]["best_run_id"] == projection.runs[best.number]
+    ended = sorted(ledger.records.values(), key=lambda record: record.ended)
+    curve, so_far = [], -1.0
+    for step, record in enumerate(ended, 1):
+        so_far = max(so_far, record.value or 0.0) if record.state is TrialState.COMPLETE else so_far
+        curve += [(step, int(record.ended * 1000), so_far)] if so_far >= 0 else []
+    assert parent["metrics"]["val/objective"] == curve
+    assert parent["metrics"]["val/objective"][-1][2] == best.value
+    last = {name: parent["metrics"][f"trials/{name}"][-1][2] for name in ("complete", "pruned", "fail")}
+    assert last == {"complete": ledger.count(TrialState.COMPLETE), "pruned": ledger.count(TrialState.PRUNED), "fail": 1}
+    note = parent["links"]["mlflow.note.content"]
+    assert f"| {best.number} | alr | complete | {100 * best.value:.2f} |" in note  # type: ignore[operator]
+    run_id = parent["run_id"]
+    held = {file.path for file in projection.client.list_artifacts(run_id)}
+    assert {"best_config.yaml", "leaderboard.json", "plots.html"} <= held
+    for name in held:
+        projection.client.download_artifacts(run_id, name, str(tmp_path))
+    assert json.loads((tmp_path / "leaderboard.json").read_text()) == rows(ledger, projection.runs)
+    assert from_yaml(tmp_path / "best_config.yaml") == of_trial(ledger, best)
+    assert "plotly" in (tmp_path / "plots.html").read_text().lower()
+    (location,) = [path for path in storage.rglob("best_config.yaml") if "mlartifacts" in path.parts]
+    assert location.is_relative_to(storage / "mlartifacts" / "first")
+
+
+def test_a_configuration_comes_back_from_its_file_or_is_refused(storage: Path, tmp_path: Path) -> None:
+    ledger = Ledger(start_sweep(storage, method=("alr", "co-teaching"), set={}))
+    path = tmp_path / "config.yaml"
+    for _ in range(6):
+        recipe = of_trial(ledger, ledger.ask())
+        path.write_text(yaml.safe_dump(vars(recipe)))
+        assert from_yaml(path) == recipe
+        assert from_yaml(path).fingerprint == recipe.fingerprint
+    whole = yaml.safe_load(path.read_text())
+    for change, message in (
+        ({"values": {"learning": 1}}, "unknown hyperparameter 'learning'"),
+        ({"values": {"lr": -1}}, "lr: -1.0 is not allowed"),
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"epochs": 0}, "--epochs: 0 is not allowed"),
+        ({"data": "mnist9"}, "unknown data set 'mnist9'"),
+        ({"more": 1}, "is no configuration; it must have the keys method, values"),
+    ):
+        path.write_text(yaml.safe_dump({**whole, **change}))
+        with pytest.raises(ValueError, match=message):
+            from_yaml(path)
+
+
+# -- as often as you like ---------------------------------------------------------------------------------------------
+
+
+def test_sent_twice_is_there_once(storage: Path) -> None:
+    """By the same projection, by another process, and by one that lost its notes."""
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    play(ledger)
+    uri = tracking_uri(storage, "")
+    first = Projection(ledger, uri)
+    first.close(spent=True)
+    store = read_store(storage)
+    first.sync()
+    first.close(spent=True)
+    Projection(Ledger(sweep), uri).close(spent=True)
+    assert without_ids(read_store(storage)) == without_ids(store)
+    (sweep.folder / "tracker.jsonl").unlink()
+    Projection(Ledger(sweep), uri).close(spent=True)
+    again = read_store(storage)
+    assert without_ids(again) == without_ids(store)
+    assert {key: run["run_id"] for key, run in again.items()} == {key: run["run_id"] for key, run in store.items()}
+    assert noted_runs(sweep.folder) == {int(key): run["run_id"] for key, run in again.items() if key != "parent"}
+    assert steps_once(again)
+
+
+def test_epoch_by_epoch_and_from_nothing_come_to_the_same(storage: Path, tmp_path: Path, migrated_store: Path) -> None:
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    projection = Projection(ledger, tracking_uri(storage, ""))
+    play(ledger, between=projection.sync)
+    projection.close(spent=True)
+    store = read_store(storage)
+    assert len(store) == 8
+    assert without_ids(rebuilt(sweep, tmp_path / "again", migrated_store)) == without_ids(store)
+
+
+def test_batches_smaller_than_what_there_is(
+    storage: Path, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert BATCH <= 1000, "what a server takes in one request"
+    sweep = start_sweep(storage, trials=3)
+    ledger = Ledger(sweep)
+    play(ledger, 3)
+    expected = without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
+    monkeypatch.setattr(tracker_module, "BATCH", 4)
+    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    assert without_ids(read_store(storage)) == expected
+
+
+def test_an_interrupted_sweep_waits_and_goes_on(storage: Path, tmp_path: Path, migrated_store: Path) -> None:
+    sweep = start_sweep(storage, trials=5, scheduler="none")
+    uri = tracking_uri(storage, "")
+    ledger = Ledger(sweep)
+    play(ledger, 5, keep=2)
+    unfinished = {str(record.number) for record in ledger.unfinished()}
+    assert len(unfinished) == 2
+    projection = Projection(ledger, uri)
+    projection.sync()
+    statuses = {key: run["status"] for key, run in read_store(storage).items()}
+    assert {key for key, status in statuses.items() if status == "RUNNING"} == {"parent", *unfinished}
+    projection.close(spent=False)
+    before = read_store(storage)
+    statuses = {key: run["status"] for key, run in before.items()}
+    assert {key for key, status in statuses.items() if status == "SCHEDULED"} == {"parent", *unfinished}
+    assert "RUNNING" not in statuses.values()
+    ledger = Ledger(sweep)
+    projection = Projection(ledger, uri)
+    projection.sync()
+    statuses = {key: run["status"] for key, run in read_store(storage).items()}
+    assert {key for key, status in statuses.items() if status == "RUNNING"} == {"parent", *unfinished}
+    play(ledger, 5)
+    projection.close(spent=True)
+    store = read_store(storage)
+    assert {run["status"] for run in store.values()} <= {"FINISHED", "KILLED", "FAILED"}
+    assert {key: store[key]["run_id"] for key in before} == {key: run["run_id"] for key, run in before.items()}
+    assert len(store) == len(before) == 7
+    assert [step for step, _, _ in store[min(unfinished)]["metrics"]["val/objective"]] == list(range(1, 10))
+    assert without_ids(rebuilt(sweep, tmp_path / "again", migrated_store)) == without_ids(store)
+
+
+def test_a_retraining_has_a_parent_of_its_own(storage: Path) -> None:
+    sweep = start_sweep(storage, trials=2, scheduler="none")
+    ledger = Ledger(sweep)
+    record = ledger.ask()
+    ledger.report(record, [epoch_record(epoch, 0.5) for epoch in range(1, 10)])
+    ledger.complete(record)
+    uri = tracking_uri(storage, "")
+    Projection(ledger, uri).close(spent=True)
+    (sweep.folder / RETRAIN).mkdir()
+    retraining = Ledger(sweep, RETRAIN, create=True)
+    retraining.enqueue(record.params, {"source": 0, "rank": 1, "seed": 4, "noise_draw": 5})
+    again = retraining.ask()
+    retraining.report(again, [epoch_record(epoch, 0.75) for epoch in range(1, 10)])
+    retraining.complete(again)
+    Projection(retraining, uri).close(spent=True)
+    store = read_store(storage)
+    assert set(store) == {"parent", "0", "retrain/parent", "retrain/0"}
+    assert store["retrain/parent"]["name"] == "first retrain"
+    assert store["retrain/0"]["links"]["mlflow.parentRunId"] == store["retrain/parent"]["run_id"]
+    assert (store["retrain/0"]["tags"]["source"], store["retrain/0"]["tags"]["seed"]) == ("0", "4")
+    assert store["parent"]["metrics"]["val/objective"][-1][2] == 0.5
+    assert noted_runs(sweep.folder / RETRAIN) == {0: store["retrain/0"]["run_id"]}
+
+
+def test_metrics_of_a_trial_that_the_ledger_does_not_have_are_left_out(storage: Path) -> None:
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    record = ledger.ask()
+    ledger.report(record, [epoch_record(1, 0.5)])
+    line = (sweep.folder / "metrics.jsonl").read_bytes()
+    with (sweep.folder / "metrics.jsonl").open("ab") as file:
+        file.write(line.replace(b'"trial":0', b'"trial":5'))
+    Projection(Ledger(sweep), tracking_uri(storage, "")).close(spent=False)
+    assert set(read_store(storage)) == {"parent", "0"}
+
+
+# -- a store that fails -----------------------------------------------------------------------------------------------
+
+
+class Flaky:
+    """Makes the client's calls fail at random, half of them after they were carried out, as when an answer is lost."""
+
+    CALLS = "log_batch", "create_run", "set_tag", "set_terminated", "update_run", "search_runs", "create_experiment", "log_text"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, rate: float) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.stream, self.rate = random.Random(seed), rate
+        self.failed: dict[str, int] = {}
+        for name in self.CALLS:
+            monkeypatch.setattr(MlflowClient, name, self.failing(name, getattr(MlflowClient, name)))
+
+    def failing(self, name: str, call: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            dice = self.stream.random()
+            if dice < self.rate / 2:
+                self.failed[name] = self.failed.get(name, 0) + 1
+                raise ConnectionError(f"{name} was not carried out")
+            answer = call(*arguments, **options)
+            if dice < self.rate:
+                self.failed[name] = self.failed.get(name, 0) + 1
+                raise ConnectionError(f"{name} was carried out")
+            return answer
+
+        return wrapper
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_store_that_fails_at_random_loses_and_doubles_nothing(
+    storage: Path, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    sweep = start_sweep(storage, trials=5)
+    ledger = Ledger(sweep)
+    play(ledger, 5)
+    expected = without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
+    monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)  # its thread rests
+    tracker = Tracker(ledger, tracking_uri(storage, ""))
+    with monkeypatch.context() as patch:
+        flaky = Flaky(patch, seed, rate=0.15)
+        num_attempts = 1
+        while not tracker._attempt(lambda projection: projection.close(spent=True)):
+            assert tracker.problem.endswith("carried out")
+            num_attempts += 1
+            assert num_attempts < 500
+    assert num_attempts > 3
+    assert len(flaky.failed) > 2
+    tracker.close(spent=True)
+    assert tracker.problem == ""
+    store = read_store(storage)
+    assert without_ids(store) == expected
+    assert steps_once(store)
+
+
+def test_a_parent_whose_parameters_were_not_taken_gets_them_later(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    ledger = Ledger(start_sweep(storage))
+    with monkeypatch.context() as patch:
+
+        def refuses(*arguments: Any, **options: Any) -> None:
+            raise ConnectionError("no")
+
+        patch.setattr(MlflowClient, "log_batch", refuses)
+        with pytest.raises(ConnectionError):
+            Projection(ledger, tracking_uri(storage, ""))
+    Projection(ledger, tracking_uri(storage, ""))
+    assert read_store(storage)["parent"]["params"]["epochs"] == "9"
+
+
+def test_resources_may_change_at_a_resume(storage: Path) -> None:
+    """MLflow takes a parameter once; a resume with other execution flags must not be refused for that."""
+    sweep = start_sweep(storage)
+    Projection(Ledger(sweep), tracking_uri(storage, ""))
+    spec = {**sweep.spec.to_dict(), "concurrent": 2, "method": ("alr",)}
+    changed = Sweep(sweep.folder, type(sweep.spec)(**spec), sweep.provenance)
+    Projection(Ledger(changed), tracking_uri(storage, "")).close(spent=False)
+    assert read_store(storage)["parent"]["params"]["concurrent"] == "0"
+
+
+def test_found_runs_are_not_written_again(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projection that starts over on a store that is up to date asks a few questions, whatever the number of trials."""
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    play(ledger)
+    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    calls = []
+    from mlflow.tracking import MlflowClient
+
+    for name in Flaky.CALLS:
+        real = getattr(MlflowClient, name)
+
+        def counted(*arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            calls.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(MlflowClient, name, counted)
+    Projection(ledger, tracking_uri(storage, "")).sync()
+    assert len(calls) <= 8, calls
+
+
+def test_the_thread_keeps_up_while_a_sweep_runs(
+    storage: Path, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real thread beside a driver that reports all the time, on a store that fails now and then."""
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.01)
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    with monkeypatch.context() as patch:
+        flaky = Flaky(patch, seed=1, rate=0.03)
+        tracker = Tracker(ledger, tracking_uri(storage, ""))
+        play(ledger, between=lambda: time.sleep(0.06))
+        projected = noted_runs(sweep.folder)
+    assert projected, "nothing was sent while the sweep ran"
+    assert flaky.failed
+    tracker.close(spent=True)
+    assert tracker.problem == ""
+    assert not any(thread.name == "tracker" and thread.is_alive() for thread in threading.enumerate())
+    assert without_ids(read_store(storage)) == without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
+
+
+def test_a_dead_store_holds_nothing_up_and_is_caught_up_with(
+    storage: Path, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
+    sweep = start_sweep(storage)
+    ledger = Ledger(sweep)
+    with monkeypatch.context() as patch:
+        Flaky(patch, seed=0, rate=2.0)  # no call is carried out
+        tracker = Tracker(ledger, tracking_uri(storage, ""))
+        play(ledger)
+        wait_for(lambda: bool(tracker.problem))
+        tracker.close(spent=True, patience=0.3)
+    assert "was not carried out" in tracker.problem
+    tracker = Tracker(Ledger(sweep), tracking_uri(storage, ""))
+    tracker.close(spent=True)
+    assert tracker.problem == ""
+    assert without_ids(read_store(storage)) == without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
+
+
+def test_a_store_that_keeps_a_call_is_given_up(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes requests and never answers: the driver ends all the same, and nobody else touches the projection meanwhile."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.02)
+    ledger = Ledger(start_sweep(storage))
+    ledger.ask()
+    let_go, callers = threading.Event(), []
+    real = MlflowClient.log_batch
+
+    def hangs(*arguments: Any, **options: Any) -> None:
+        callers.append(threading.current_thread().name)
+        let_go.wait(60)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hangs)
+    tracker = Tracker(ledger, tracking_uri(storage, ""))
+    wait_for(lambda: bool(callers))
+    began = time.monotonic()
+    tracker.close(spent=False, patience=0.5)
+    assert 0.4 < time.monotonic() - began < 5
+    assert tracker.problem == "no answer for 0.5 s"
+    assert callers == ["tracker"]
+    let_go.set()
+    tracker._thread.join(30)
+    assert tracker.problem == "", "it was slow, not dead"
+
+
+def test_a_long_backlog_is_sent_for_as_long_as_it_is_taken(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer takes less than the patience, all of them together much more."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)
+    monkeypatch.setattr(tracker_module, "BATCH", 10)
+    ledger = Ledger(start_sweep(storage, trials=3, scheduler="none"))
+    play(ledger, 3)
+    real = MlflowClient.log_batch
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.1)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    tracker = Tracker(ledger, tracking_uri(storage, ""))
+    began = time.monotonic()
+    tracker.close(spent=True, patience=1.5)
+    assert time.monotonic() - began > 1.6
+    assert tracker.problem == ""
+    assert read_store(storage)["parent"]["status"] == "FINISHED"
+
+
+def test_a_server_that_is_not_there_is_reported(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    ledger = Ledger(start_sweep(storage))
+    tracker = Tracker(ledger, "http://127.0.0.1:9")  # the port of "discard", where nothing listens
+    ledger.report(ledger.ask(), [epoch_record(1, 0.5)])
+    wait_for(lambda: bool(tracker.problem))
+    tracker.close(spent=False, patience=0.2)
+    assert "127.0.0.1" in tracker.problem
+    assert "\n" not in tracker.problem
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
