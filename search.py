@@ -106,7 +106,7 @@ def launch(options: argparse.Namespace) -> int:
     spec = make_spec(values | given(options))
     from tune import sweep
 
-    code = sweep.launch(options.name, Path(options.storage), spec, dry_run=options.dry_run)
+    code = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run)
     if not options.dry_run:
         show(options.name, options.storage, 10)
     return code
@@ -115,7 +115,7 @@ def launch(options: argparse.Namespace) -> int:
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    code = sweep.resume(options.name, Path(options.storage), given(options))
+    code = sweep.resume(options.name, options.storage, given(options))
     show(options.name, options.storage, 10)
     return code
 
@@ -130,12 +130,12 @@ def retrain(options: argparse.Namespace) -> int:
     if options.json:
         stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
         try:
-            code = sweep.retrain(options.name, Path(options.storage), top=top, num_seeds=num_seeds)
+            code = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
         finally:
             sys.stdout = stdout
     else:
-        code = sweep.retrain(options.name, Path(options.storage), top=top, num_seeds=num_seeds)
-    ledger = Ledger(Sweep.find(Path(options.storage), options.name), RETRAIN, read_only=True)
+        code = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
+    ledger = Ledger(Sweep.find(options.storage, options.name), RETRAIN, read_only=True)
     print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
     return code
 
@@ -150,7 +150,7 @@ def best(options: argparse.Namespace) -> int:
     from tune.spec import Sweep
     from tune.tracker import noted_runs
 
-    sweep = Sweep.find(Path(options.storage), options.name)
+    sweep = Sweep.find(options.storage, options.name)
     ledger = Ledger(sweep, read_only=True)
     board = rows(ledger, noted_runs(sweep.folder))
     if options.rungs:
@@ -160,14 +160,14 @@ def best(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(name: str, storage: str, top: int) -> None:
+def show(name: str, storage: Path, top: int) -> None:
     """Prints the leaderboard, and where to go from there."""
     from tune.ledger import Ledger
     from tune.report import leaderboard_text
     from tune.spec import Sweep
     from tune.tracker import noted_runs
 
-    sweep = Sweep.find(Path(storage), name)
+    sweep = Sweep.find(storage, name)
     print(leaderboard_text(Ledger(sweep, read_only=True), noted_runs(sweep.folder), top))
 
 
@@ -199,7 +199,7 @@ def train(options: argparse.Namespace) -> int:
 def list_sweeps(options: argparse.Namespace) -> int:
     from tune.report import sweep_lines
 
-    for line in sweep_lines(Path(options.storage)):
+    for line in sweep_lines(options.storage):
         print(line)
     return 0
 
@@ -207,14 +207,14 @@ def list_sweeps(options: argparse.Namespace) -> int:
 def stop(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    return sweep.stop(options.name, Path(options.storage))
+    return sweep.stop(options.name, options.storage)
 
 
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
     from tune.tracker import quiet, tracking_uri
 
-    storage = Path(options.storage)
+    storage: Path = options.storage
     if not (storage / "mlflow.db").is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     quiet()
@@ -239,6 +239,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
+        options.storage = Path(options.storage).resolve()  # workers have a working directory of their own
         return VERBS[options.verb](options)
     except BrokenPipeError:  # the reader of our output went away
         return 0

@@ -36,10 +36,10 @@ def search(*arguments: object, check: int | None = 0, env: dict[str, str] | None
     return done
 
 
-def start(log: Path, *arguments: object) -> subprocess.Popen[str]:
+def start(log: Path, *arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Starts a command in the background, its output in ``log``."""
     with log.open("w") as file:
-        return subprocess.Popen([*SEARCH, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([*SEARCH, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, text=True, cwd=cwd)
 
 
 def wait_until(condition: Any, process: subprocess.Popen[str], log: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -103,18 +104,23 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
 
 
 def test_worker_killed(tmp_path: Path, storage: Path) -> None:
-    """kill -9 on a trial's worker: the sweep goes on by itself and the trial ends under its own number."""
+    """kill -9 on a trial's worker: the sweep goes on by itself and the trial ends under its own number. The storage is given
+    relative to the working directory, which the workers do not share: the checkpoints are there all the same."""
     folder, log = storage / "worker", tmp_path / "log"
-    launched = start(
-        log, "launch", "worker", "--storage", storage, "--spec", spec_file(tmp_path, trials=3, scheduler="none")
-    )
+    spec = spec_file(tmp_path, trials=3, scheduler="none")
+    launched = start(log, "launch", "worker", "--storage", storage.name, "--spec", spec, cwd=tmp_path)
     wait_until(lambda: len(metric_lines(folder)) >= 8, launched, log)
+    assert list(folder.glob("checkpoints/*/checkpoint.pt"))
     workers(launched.pid)[0].kill()
     assert launched.wait(240) == 0, log.read_text()
-    assert "lost its process after epoch" in log.read_text()
+    said = re.search(r"trial (\d) lost its process after epoch (\d+)", log.read_text())
+    assert said
+    number, epoch = map(int, said.groups())
+    assert f"trial {number} alr goes on from epoch {epoch}" in log.read_text()
     rows = board(storage, "worker")
     assert_whole(folder, rows, 3)
     assert_projected(storage, "worker", rows)
+    assert {path.parent.name for path in folder.glob("checkpoints/*/checkpoint.pt")} == {"0", "1", "2"}
 
 
 def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
@@ -154,7 +160,7 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     assert row["by_seed"]["0"] != row["by_seed"]["1"]
     assert row["test_accuracy"] == pytest.approx(sum(row["by_seed"].values()) / 2)
 
-    (config,) = (storage / "mlartifacts").rglob("best_config.yaml")
+    (config,) = storage.glob("mlartifacts/calm/*/artifacts/best_config.yaml")
     trained = search("train", config).stdout
     assert f"{100 * rows[0]['value']:.2f}" in trained.splitlines()[-1]  # the same numbers, bit for bit on this machine
 

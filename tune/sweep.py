@@ -195,7 +195,7 @@ def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> int:
 def resume_command(folder: Path, kind: str = SWEEP) -> str:
     """The command line that goes on with a sweep."""
     verb = "resume" if kind == SWEEP else "retrain"
-    place = "" if folder.parent == Path("runs") else f" --storage {folder.parent}"
+    place = "" if folder.parent == Path("runs").resolve() else f" --storage {folder.parent}"
     return f"python search.py {verb} {folder.name}{place}"
 
 
