@@ -19,7 +19,7 @@ from tune.desk import FINISHED, Desk
 from tune.journal import DamagedFile, LineFile
 from tune.ledger import RETRAIN, Ledger, Record
 from tune.recipes import of_trial
-from tune.report import leaderboard_text, rows
+from tune.report import leaderboard_text, retrain_rows, rows
 from tune.space import Space
 from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES, MAX_LOST, Sweep, make_spec
 
@@ -712,3 +712,28 @@ def test_a_retraining_is_a_study_of_its_own_in_the_same_journal(tmp_path: Path) 
     assert len(stored(sweep)) == 4
     first = Ledger(sweep)
     assert {recipe.seed for recipe in recipes}.isdisjoint({first.seed(record) for record in first.records.values()})
+
+
+def test_retrained_configurations_by_hand(tmp_path: Path) -> None:
+    """Three seeds at 0.5, 0.7 and 0.9: mean 0.7, deviation 0.2, standard error 0.2 / sqrt(3). In the order of the sweep."""
+    sweep = make_sweep(tmp_path, epochs=2)
+    source = Ledger(sweep)
+    params = [source.ask().params for _ in range(2)]
+    (sweep.folder / RETRAIN).mkdir()
+    ledger = Ledger(sweep, RETRAIN, create=True)
+    tests = {(1, 0): 0.25, (0, 0): 0.5, (0, 1): 0.7, (0, 2): 0.9}
+    for trial, seed in tests:
+        ledger.enqueue(params[trial], {"source": trial, "rank": 2 - trial, "seed": seed, "noise_draw": seed + 1})
+    for (_, seed), value in tests.items():
+        record = ledger.ask()
+        assert record.attrs["seed"] == seed
+        ledger.report(record, [epoch_record(1, 0.1), epoch_record(2, 0.1, **{"test/accuracy": value})])
+        ledger.complete(record)
+    best, second = retrain_rows(Ledger(sweep, RETRAIN, read_only=True))
+    assert (best["rank"], best["source"], best["seeds"], best["test_accuracy"]) == (1, 1, 1, 0.25)
+    assert math.isnan(best["standard_error"])
+    assert (second["rank"], second["source"], second["seeds"]) == (2, 0, 3)
+    assert second["test_accuracy"] == pytest.approx(0.7)
+    assert second["standard_error"] == pytest.approx(0.2 / math.sqrt(3))
+    assert second["by_seed"] == {"0": 0.5, "1": 0.7, "2": 0.9}
+    assert second["params"] == params[0]

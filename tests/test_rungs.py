@@ -146,6 +146,7 @@ def test_by_default_the_first_at_a_rung_go_on(tmp_path: Path, budget: dict[str, 
 def test_rungs_worked_by_hand() -> None:
     assert make_spec({"epochs": 30}).rungs() == [3, 9, 27]
     assert make_spec({"epochs": 27, "grace_epochs": 3}).rungs() == [3, 9]
+    assert make_spec({"epochs": 25}).rungs() == [3, 9]  # a tenth of the budget, rounded up
     assert make_spec({"epochs": 1}).rungs() == []
     assert make_spec({"epochs": 2}).rungs() == [1]
     assert make_spec({"epochs": 10, "reduction_factor": 2}).rungs() == [1, 2, 4, 8]

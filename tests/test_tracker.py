@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tune import tracker as tracker_module
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
 from tune.recipes import from_yaml, of_trial
-from tune.report import rows
+from tune.report import plots_page, rows
 from tune.spec import Sweep
 from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name, tracking_uri
 
@@ -191,6 +192,18 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     assert "plotly" in (tmp_path / "plots.html").read_text().lower()
     (location,) = [path for path in storage.rglob("best_config.yaml") if "mlartifacts" in path.parts]
     assert location.is_relative_to(storage / "mlartifacts" / "first")
+
+
+def test_drawing_says_nothing_on_the_screen(tmp_path: Path) -> None:
+    """Parameters of a method that ran once or twice have no importance to speak of, and Optuna says so for each."""
+    ledger = Ledger(start_sweep(tmp_path, method=("ce", "alr"), set={}, trials=4, scheduler="none"))
+    assert plots_page(ledger) == ""
+    play(ledger, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        page = plots_page(ledger)
+    assert not said
+    assert page.count("Plotly.newPlot") == 4
 
 
 def test_a_configuration_comes_back_from_its_file_or_is_refused(storage: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import optuna
 import yaml
 from optuna.trial import TrialState
 
@@ -112,7 +111,7 @@ def plots_page(ledger: Ledger) -> str:
     from optuna import visualization as draw
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # of few trials, and of what is experimental: nothing that a user can act on
         figures = [draw.plot_optimization_history(ledger.study), draw.plot_intermediate_values(ledger.study)]
         figures.append(draw.plot_parallel_coordinate(ledger.study))
         complete = [trial for trial in ledger.study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]

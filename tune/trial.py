@@ -41,6 +41,8 @@ class TrialActor(Trainable):
             diverged = self._advance(epochs)
         except Exception:  # noqa: BLE001  the trial's boundary: whatever a trial raises is its own failure, not the sweep's
             failure = traceback.format_exc()
+        if failure or diverged:
+            self.experiment = None  # its state is that of no epoch's end: nothing is left for cleanup to save
         return {"epochs": [dataclasses.asdict(epoch) for epoch in epochs], "failure": failure, "diverged": diverged}
 
     def _advance(self, epochs: list[Any]) -> bool:
