@@ -72,7 +72,8 @@ class Answering:
 
 
 class Projection:
-    """Brings an MLflow store up to the ledger, from wherever it is. Any of its calls may raise what MLflow raises."""
+    """Brings an MLflow store up to the ledger, from wherever it is. Any of its calls may raise what MLflow raises; a new
+    projection then goes on from what was noted as sent."""
 
     def __init__(self, ledger: Ledger, uri: str, answered: Callable[[], None] = lambda: None) -> None:
         quiet()
@@ -205,22 +206,12 @@ class Projection:
             waiting.setdefault(line["trial"], []).extend(Metric(k, v, at, line["epoch"]) for k, v in values.items())
         if not waiting:
             return
-        try:
-            for number, metrics in waiting.items():
-                if number not in self.runs:
-                    self._create(self.ledger.records[number])
-                for start in range(0, len(metrics), BATCH):
-                    self.client.log_batch(self.runs[number], metrics=metrics[start : start + BATCH])
-        except BaseException:
-            self._rewind()
-            raise
+        for number, metrics in waiting.items():
+            if number not in self.runs:
+                self._create(self.ledger.records[number])
+            for start in range(0, len(metrics), BATCH):
+                self.client.log_batch(self.runs[number], metrics=metrics[start : start + BATCH])
         self.notes.append([{"parent": self.parent, "offset": self.metrics.offset, "line": self.metrics.line}])
-
-    def _rewind(self) -> None:
-        """Back to what was last noted as sent."""
-        self.metrics.offset = self.metrics.line = 0
-        self.notes.offset = self.notes.line = 0
-        self._read_notes()
 
     def _terminate(self, record: Record) -> None:
         from mlflow.entities import RunTag
