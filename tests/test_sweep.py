@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.sweep_process import (
+    ROOT,
     assert_projected,
     assert_whole,
     board,
@@ -128,7 +131,7 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     folder, log = storage / "calm", tmp_path / "log"
-    spec = spec_file(tmp_path, trials=4, scheduler="none", epochs=24)
+    spec = spec_file(tmp_path, trials=200, scheduler="none", epochs=24)  # far more than there is time for
     launched = start(log, "launch", "calm", "--storage", storage, "--spec", spec)
     wait_until(lambda: len(metric_lines(folder)) >= 6, launched, log)
     launched.send_signal(signal.SIGINT)
@@ -163,6 +166,32 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     (config,) = storage.glob("mlartifacts/calm/*/artifacts/best_config.yaml")
     trained = search("train", config).stdout
     assert f"{100 * rows[0]['value']:.2f}" in trained.splitlines()[-1]  # the same numbers, bit for bit on this machine
+
+
+LATE_SIGNAL = """
+import os, signal, sys, time
+from pathlib import Path
+from tune import executor
+from tune.desk import Desk
+from tune.driver import Interruption
+from tune.ledger import Ledger
+from tune.spec import Sweep
+
+sweep = Sweep.read(Path(sys.argv[1]))
+desk = Desk(Ledger(sweep), total=sweep.spec.trials, concurrent=2)
+with Interruption(desk, sweep.folder / "stop") as interruption:
+    executor.run(desk, sweep.spec, interruption)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    print("noted", interruption.signal)
+"""
+
+
+def test_sigterm_after_ray_has_shut_down(storage: Path) -> None:
+    """While the tracker writes its last, a SIGTERM is still ours: Ray's shutdown resets it to kill without a word."""
+    folder = make_finished_sweep(storage, "late")
+    done = subprocess.run([sys.executable, "-c", LATE_SIGNAL, folder], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, "noted 15\n"), done.stderr
 
 
 def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:

@@ -67,9 +67,7 @@ def fit(
         yield Epoch(number, metrics)
 
 
-def _train(
-    method: Method[Any], dataset: Dataset, statistics: RefinementStatistics, clock: Clock
-) -> dict[str, float]:
+def _train(method: Method[Any], dataset: Dataset, statistics: RefinementStatistics, clock: Clock) -> dict[str, float]:
     """One epoch of updates. Sums stay on the device; the host reads them once."""
     method.train()
     statistics.start()

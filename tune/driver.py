@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import fcntl
 import os
@@ -68,7 +69,8 @@ class Interruption:
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
     def listen(self) -> dict[int, Any]:
-        """Installs the handlers, and returns the ones before. To be called again after Ray has started: it brings its own."""
+        """Installs the handlers, and returns the ones before. To be called again after Ray has started, which brings its own,
+        and after it has shut down, which makes SIGTERM deadly again without telling Python."""
         handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle, signal.SIGALRM: self._give_up}
         return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
@@ -82,5 +84,5 @@ class Interruption:
     def _watch(self) -> None:
         while not self._over.wait(0.5):
             if self.request.exists():
-                os.kill(os.getpid(), signal.SIGTERM)
+                _thread.interrupt_main(signal.SIGTERM)
                 return

@@ -37,6 +37,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
             _tune(desk, spec)
     finally:
         ray.shutdown()
+        interruption.listen()
 
 
 def connect(address: str) -> None:

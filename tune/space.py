@@ -47,9 +47,7 @@ class Space:
                 if flag == "set" and name in spec.range:
                     raise ValueError(f"{name} has both a value and a range; give --set or --range")
 
-    def _parameter(
-        self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]
-    ) -> Parameter:
+    def _parameter(self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]) -> Parameter:
         own = f"{method}.{field}"
         special = own in spec.set or own in spec.range
         shared = field in inherited(find_method(method).Config, Config) and not (special and len(spec.method) > 1)
