@@ -32,13 +32,15 @@ class TrainData:
         """The rows ``index``, int64 [B]."""
         return Batch(self.images[index], self.labels[index], index)
 
-    def shuffled(self, batch_size: int) -> Iterator[Batch]:
-        """Every row once, in an order drawn from torch's default generator.
+    def shuffled(self, batch_size: int, keep: Tensor | None = None) -> Iterator[Batch]:
+        """Every row once, or every row that ``keep``, bool [N], has, in an order drawn from torch's default generator.
 
         A last batch of one row joins the batch before it: batch normalisation cannot train on one image.
         """
         order = torch.randperm(len(self)).to(self.labels.device)
-        parts = list(order.split(batch_size))  # type: ignore[no-untyped-call]
+        if keep is not None:
+            order = order[keep[order]]
+        parts = [part for part in order.split(batch_size) if len(part)]  # type: ignore[no-untyped-call]
         if len(parts) > 1 and len(parts[-1]) == 1:
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:

@@ -7,9 +7,15 @@ from torch import Tensor
 from losses.softmax import label_log_probability, log_probabilities
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p_y per sample: logits [B, K], labels int64 [B] -> [B]. Gradient in the logits: p - onehot(y)."""
-    return -label_log_probability(logits, labels)
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-sum_k t_k log p_k per sample, t = (1 - smoothing) onehot(y) + smoothing / K: logits [B, K], labels int64 [B] -> [B].
+
+    Gradient in the logits: p - t. Without smoothing this is -log p_y, bit for bit.
+    """
+    given = -label_log_probability(logits, labels)
+    if not smoothing:
+        return given
+    return (1 - smoothing) * given - smoothing * log_probabilities(logits).mean(dim=1)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
+from models.network import Network
 
 View = Callable[[Tensor], Tensor]
 B = TypeVar("B")
@@ -67,15 +68,31 @@ class Config:
 
 
 @dataclass(frozen=True)
+class GivenLabelsConfig(Config):
+    """For methods whose loss is a cross-entropy on the given labels, which can be smoothed."""
+
+    label_smoothing: float = hyperparameter(0.0, "mass of a given label that is spread over all classes", legal="[0, 1]")
+
+
+class MakeNet(Protocol):
+    """Makes a new network with its own initialisation: float32 [B, C, H, W] -> logits [B, ``num_classes``]."""
+
+    def __call__(self, num_classes: int | None = None) -> Network:
+        """``num_classes`` where it is not the task's."""
+        ...
+
+
+@dataclass(frozen=True)
 class Task:
     """What a method may know: shapes, the given labels, views and a way to make networks. Never truth or noise rate."""
 
     num_classes: int
     labels: Tensor  # [N] int64, given labels of the training set, in index order
-    make_net: Callable[[], nn.Module]  # a new network with its own initialisation: float [B, C, H, W] -> logits [B, K]
+    make_net: MakeNet
     plain: View  # uint8 [B, C, H, W] -> normalised float32, no augmentation
     weak: View  # the same after small random shifts, drawn per sample
     strong: View  # the same after larger random changes, drawn per sample
+    trusted: TrainData | None = None  # samples with clean labels, none of them in the training set, where the user has some
 
     @property
     def num_samples(self) -> int:
@@ -95,8 +112,13 @@ class Step:
     scalars: dict[str, Tensor] = field(default_factory=dict)  # further scalars to average over the epoch, "group/name"
 
 
+def half_cosine(start: float, fraction: float) -> float:
+    """From ``start`` at 0 along half a cosine to 0 at ``fraction`` 1."""
+    return start * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
 class Learner(nn.Module):
-    """A network with SGD: float32 logits, a learning rate that follows the clock, all state in ``state_dict``.
+    """A network with SGD: float32 logits, all state in ``state_dict``.
 
     The update is torch's own functional SGD with the momentum in buffers of this module: its keys exist from the start, they
     move with the network, and a worker is spared the seconds that the optimiser classes take to import a compiler.
@@ -114,19 +136,23 @@ class Learner(nn.Module):
         logits: Tensor = self.net(images).float()
         return logits
 
-    def learning_rate(self, clock: Clock) -> float:
-        """Half a cosine from ``config.lr`` at the start of the budget to 0 at its end; constant within an epoch."""
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * clock.fraction))
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step of SGD at learning rate ``rate`` on the scalar ``loss``."""
+        self.descend(self.gradients(loss), rate)
 
-    def update(self, loss: Tensor, clock: Clock) -> None:
-        """One step of SGD on the scalar ``loss``; a parameter that it does not depend on stays as it is."""
+    def gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """Of the scalar ``loss`` in the parameters that are trained, in their order; None where it does not depend on one."""
         for parameter in self._parameters_in_order:
             parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad for parameter in self._parameters_in_order]
+
+    def descend(self, gradients: list[Tensor | None], rate: float) -> None:
+        """One step of SGD at learning rate ``rate`` along ``gradients``; a parameter without one stays as it is."""
         held = [
-            (parameter, parameter.grad, self.get_buffer(f"momentum_{number}"))
-            for number, parameter in enumerate(self._parameters_in_order)
-            if parameter.grad is not None
+            (parameter, gradient, self.get_buffer(f"momentum_{number}"))
+            for number, (parameter, gradient) in enumerate(zip(self._parameters_in_order, gradients, strict=True))
+            if gradient is not None
         ]
         with torch.no_grad():
             sgd(
@@ -136,7 +162,7 @@ class Learner(nn.Module):
                 fused=True,
                 weight_decay=self.config.weight_decay,
                 momentum=self.config.momentum,
-                lr=self.learning_rate(clock),
+                lr=rate,
                 dampening=0.0,
                 nesterov=False,
                 maximize=False,
@@ -144,13 +170,14 @@ class Learner(nn.Module):
 
 
 class Method(nn.Module, Generic[B]):
-    """The interface; ``B`` is what the method's batches are. The registry reads ``Config`` and ``summary``.
+    """The interface; ``B`` is what the method's batches are. The registry reads what is declared above ``__init__``.
 
     ``batches`` is a generator: code before its first ``yield`` is the start of an epoch, code after the last is its end.
     """
 
     Config: ClassVar[type[Config]] = Config
     summary: ClassVar[str] = ""
+    needs_trusted: ClassVar[bool] = False  # True where it learns from samples with clean labels, too
 
     def __init__(self, config: Any, task: Task) -> None:
         super().__init__()
@@ -169,9 +196,9 @@ class Method(nn.Module, Generic[B]):
     def predict(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> probabilities [B, K], float32. The caller sets evaluation mode and disables gradients."""
 
-    @abstractmethod
     def learning_rate(self, clock: Clock) -> float:
-        """The learning rate of this epoch, for the record."""
+        """Half a cosine from ``config.lr`` at the start of the budget to 0 at its end; constant within an epoch."""
+        return half_cosine(self.config.lr, clock.fraction)
 
     def refined_labels(self) -> Tensor | None:
         """What the method now believes, rows [N, K] that sum to 1; None where it keeps the given labels. For diagnostics."""
@@ -179,7 +206,7 @@ class Method(nn.Module, Generic[B]):
 
 
 class SingleNet(Method[Batch]):
-    """A method with one network that is trained on shuffled batches: what is left to write is ``step``."""
+    """A method with one network that is trained on shuffled batches, each seen once: what is left to write is ``losses``."""
 
     def __init__(self, config: Any, task: Task) -> None:
         super().__init__(config, task)
@@ -188,12 +215,19 @@ class SingleNet(Method[Batch]):
     def batches(self, data: TrainData, clock: Clock) -> Iterable[Batch]:
         return data.shuffled(self.config.batch_size)
 
+    def step(self, batch: Batch, clock: Clock) -> Step:
+        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
+        loss = self.losses(logits, batch, clock).mean()
+        self.learner.update(loss, self.learning_rate(clock))
+        return Step(loss.detach(), batch.index, logits.detach().softmax(dim=1))
+
+    @abstractmethod
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        """What is minimised, per sample: logits [B, K] of the training step -> [B]. Moves the per-sample state, if any."""
+
     def predict(self, images: Tensor) -> Tensor:
         probabilities: Tensor = self.learner(self.task.plain(images)).softmax(dim=1)
         return probabilities
-
-    def learning_rate(self, clock: Clock) -> float:
-        return self.learner.learning_rate(clock)
 
 
 def memory_momentum(memory: float, epochs: int) -> float:

@@ -7,18 +7,19 @@ State: the network and its optimiser; nothing per sample.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from data.table import Batch
 from losses import cross_entropy
-from methods.base import Clock, SingleNet, Step
+from methods.base import Clock, GivenLabelsConfig, SingleNet
 
 
 class CrossEntropy(SingleNet):
     """Trains on the given labels as they are."""
 
+    Config = GivenLabelsConfig
+    config: GivenLabelsConfig
     summary = "cross-entropy on the given labels, the baseline"
 
-    def step(self, batch: Batch, clock: Clock) -> Step:
-        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
-        loss = cross_entropy(logits, batch.labels).mean()
-        self.learner.update(loss, clock)
-        return Step(loss.detach(), batch.index, logits.detach().softmax(dim=1))
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        return cross_entropy(logits, batch.labels, self.config.label_smoothing)

@@ -24,11 +24,11 @@ from torch import Tensor
 from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import cross_entropy
-from methods.base import Clock, Config, Learner, Method, Step, Task
+from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task
 
 
 @dataclass(frozen=True)
-class CoTeachingConfig(Config):
+class CoTeachingConfig(GivenLabelsConfig):
     """The paper's ramp: 10 of 200 epochs. Selection starts in the first epoch, so the method begins at 0."""
 
     forget_rate: float = hyperparameter(
@@ -63,13 +63,15 @@ class CoTeaching(Method[Batch]):
     def step(self, batch: Batch, clock: Clock) -> Step:
         images = self.task.view(self.config.augmentation)(batch.images)
         logits = self.first(images)
-        first_losses = cross_entropy(logits, batch.labels)
-        second_losses = cross_entropy(self.second(images), batch.labels)
+        smoothing = self.config.label_smoothing
+        first_losses = cross_entropy(logits, batch.labels, smoothing)
+        second_losses = cross_entropy(self.second(images), batch.labels, smoothing)
         num_kept = self.num_kept(len(batch.labels), clock)
         first_loss = (small_losses(second_losses, num_kept) * first_losses).sum() / num_kept
         second_loss = (small_losses(first_losses, num_kept) * second_losses).sum() / num_kept
-        self.first.update(first_loss, clock)
-        self.second.update(second_loss, clock)
+        rate = self.learning_rate(clock)
+        self.first.update(first_loss, rate)
+        self.second.update(second_loss, rate)
         loss = (first_loss.detach() + second_loss.detach()) / 2
         return Step(loss, batch.index, logits.detach().softmax(dim=1))
 
@@ -82,9 +84,6 @@ class CoTeaching(Method[Batch]):
         """The first network's probabilities."""
         probabilities: Tensor = self.first(self.task.plain(images)).softmax(dim=1)
         return probabilities
-
-    def learning_rate(self, clock: Clock) -> float:
-        return self.first.learning_rate(clock)
 
 
 def small_losses(losses: Tensor, num_kept: int) -> Tensor:

@@ -21,11 +21,11 @@ from torch.nn.functional import one_hot
 from data.table import Batch
 from hparams import hyperparameter
 from losses import clipped_probabilities, cross_entropy, early_learning_term
-from methods.base import Clock, Config, SingleNet, Step, Task, memory_momentum
+from methods.base import Clock, GivenLabelsConfig, SingleNet, Task, memory_momentum
 
 
 @dataclass(frozen=True)
-class ELRConfig(Config):
+class ELRConfig(GivenLabelsConfig):
     """The published defaults for CIFAR-10 with symmetric noise: beta 0.7 over 120 epochs, lambda 3."""
 
     memory: float = hyperparameter(
@@ -52,12 +52,10 @@ class EarlyLearningRegularization(SingleNet):
         super().__init__(config, task)
         self.register_buffer("targets", torch.zeros(task.num_samples, task.num_classes, device=task.labels.device))
 
-    def step(self, batch: Batch, clock: Clock) -> Step:
-        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
         targets = self.remember(logits.detach(), batch.index, clock)
-        loss = (cross_entropy(logits, batch.labels) + self.config.strength * early_learning_term(logits, targets)).mean()
-        self.learner.update(loss, clock)
-        return Step(loss.detach(), batch.index, logits.detach().softmax(dim=1))
+        given = cross_entropy(logits, batch.labels, self.config.label_smoothing)
+        return given + self.config.strength * early_learning_term(logits, targets)
 
     def remember(self, logits: Tensor, index: Tensor, clock: Clock) -> Tensor:
         """Moves the rows ``index`` of the targets towards the prediction; returns them, [B, K]. No gradient."""

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from data.table import Batch
 from hparams import hyperparameter
 from losses import generalized_cross_entropy
-from methods.base import Clock, Config, SingleNet, Step
+from methods.base import Clock, Config, SingleNet
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,5 @@ class GeneralizedCrossEntropy(SingleNet):
     config: GCEConfig
     summary = "generalised cross-entropy, samples that the network disbelieves weigh less (Zhang & Sabuncu 2018)"
 
-    def step(self, batch: Batch, clock: Clock) -> Step:
-        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
-        loss = generalized_cross_entropy(logits, batch.labels, self.config.q).mean()
-        self.learner.update(loss, clock)
-        return Step(loss.detach(), batch.index, logits.detach().softmax(dim=1))
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        return generalized_cross_entropy(logits, batch.labels, self.config.q)

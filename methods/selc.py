@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot
 from data.table import Batch
 from hparams import hyperparameter
 from losses import cross_entropy, soft_cross_entropy
-from methods.base import Clock, Config, SingleNet, Step, Task, memory_momentum
+from methods.base import Clock, Config, SingleNet, Task, memory_momentum
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,11 @@ class SELC(SingleNet):
         super().__init__(config, task)
         self.register_buffer("targets", one_hot(task.labels, task.num_classes).float())
 
-    def step(self, batch: Batch, clock: Clock) -> Step:
-        logits = self.learner(self.task.view(self.config.augmentation)(batch.images))
-        probabilities = logits.detach().softmax(dim=1)
-        if clock.has_begun(self.config.begins()):
-            loss = self.refinement_loss(logits, self.refine(probabilities, batch.index, clock)).mean()
-        else:
-            loss = cross_entropy(logits, batch.labels).mean()
-        self.learner.update(loss, clock)
-        return Step(loss.detach(), batch.index, probabilities)
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        if not clock.has_begun(self.config.begins()):
+            return cross_entropy(logits, batch.labels)
+        targets = self.refine(logits.detach().softmax(dim=1), batch.index, clock)
+        return self.refinement_loss(logits, targets)
 
     def refine(self, probabilities: Tensor, index: Tensor, clock: Clock) -> Tensor:
         """Moves the rows ``index`` of the targets towards ``probabilities`` [B, K]; returns them, [B, K]. No gradient."""

@@ -10,6 +10,7 @@ class Network(nn.Module):
 
     def __init__(self, features: nn.Module, num_features: int, num_classes: int, dropout: float) -> None:
         super().__init__()
+        self.num_features = num_features
         self.features = features
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(num_features, num_classes)

@@ -134,6 +134,30 @@ def test_the_fingerprint_follows_what_a_sweep_depends_on() -> None:
     assert first.fingerprint not in prints
 
 
+@pytest.mark.parametrize("num_trusted", [10, 95, 100])
+def test_trusted_samples_are_clean_balanced_and_out_of_the_training_set(num_trusted: int) -> None:
+    before, after = digits(), digits(num_trusted=num_trusted)
+    assert before.trusted is None
+    assert after.trusted is not None
+    split = after.split
+    assert torch.equal(after.trusted.labels, truth()[split.trusted])
+    assert torch.equal(after.trusted.images, open_table(find_source("digits")).images[split.trusted])
+    counts = torch.bincount(after.trusted.labels, minlength=10)
+    assert counts.sum() == num_trusted
+    assert counts.max() - counts.min() <= (num_trusted % 10 > 0)
+    assert torch.cat([split.train, split.trusted]).sort().values.tolist() == before.split.train.tolist()
+    assert labels_by_row(after).items() <= labels_by_row(before).items(), "the others keep their labels"
+    assert torch.equal(split.validation, before.split.validation)
+    assert len({before.fingerprint, after.fingerprint, digits(num_trusted=num_trusted + 1).fingerprint}) == 3
+
+
+def test_more_trusted_samples_than_there_are_in_balanced_classes_are_refused() -> None:
+    smallest = int(torch.bincount(truth()[digits().split.train]).min())
+    digits(num_trusted=10 * smallest)
+    with pytest.raises(ValueError, match=rf"--trusted: {10 * smallest + 1} is not allowed; .* {10 * smallest} in balanced"):
+        digits(num_trusted=10 * smallest + 1)
+
+
 def test_nothing_is_held_out_for_a_test_that_is_not_wanted() -> None:
     dataset = digits(test_fraction=0)
     assert dataset.test is None

@@ -19,10 +19,12 @@ from data.table import Batch
 from hparams import build
 from losses import clipped_probabilities, cross_entropy, entropy, soft_cross_entropy
 from methods.alr import ALR, ALRConfig
-from methods.base import Clock, Config, Learner, Method, SingleNet, Step, first_epoch, memory_momentum
+from methods.base import Clock, Config, Learner, Method, SingleNet, Step, first_epoch, half_cosine, memory_momentum
 from methods.co_teaching import CoTeaching, CoTeachingConfig, small_losses
 from methods.elr import EarlyLearningRegularization
 from methods.selc import SELC
+from models import Network
+from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,
     EPOCHS,
@@ -80,10 +82,10 @@ def test_a_learner_steps_as_torchs_sgd_does(values: dict[str, float]) -> None:
     theirs = torch.optim.SGD(twin.parameters(), lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay)
     start = copy.deepcopy(net.state_dict())
     for epoch in range(EPOCHS):
-        clock, images, labels = Clock(epoch, EPOCHS), torch.randn(BATCH, 5), torch.randint(K, (BATCH,))
+        rate, images, labels = half_cosine(config.lr, epoch / EPOCHS), torch.randn(BATCH, 5), torch.randint(K, (BATCH,))
         part = "one" if epoch % 2 else "other"
-        learner.update(cross_entropy(net[part](images), labels).mean(), clock)
-        theirs.param_groups[0]["lr"] = learner.learning_rate(clock)
+        learner.update(cross_entropy(net[part](images), labels).mean(), rate)
+        theirs.param_groups[0]["lr"] = rate
         theirs.zero_grad()
         cross_entropy(twin[part](images), labels).mean().backward()
         theirs.step()
@@ -249,21 +251,14 @@ def test_with_labels_at_the_prediction_selc_rests_and_alr_hardens() -> None:
 # ELR
 
 
-class Constant(nn.Module):
+def linear_net(num_classes: int | None = None) -> Network:
     """A network whose prediction for an image depends on nothing else; with a tiny learning rate it never changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(64, K)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(images.flatten(1))
-        return logits
+    return Network(nn.Flatten(), 64, num_classes or K, 0.0)
 
 
 def test_elr_targets_after_n_visits_of_one_prediction() -> None:
     data = tiny_data()
-    elr = make("elr", tiny_task(data, Constant), lr=1e-30, augmentation="none")
+    elr = make("elr", tiny_task(data, linear_net), lr=1e-30, augmentation="none")
     visited = [torch.arange(8), torch.arange(8, 16)]
     p = clipped_probabilities(elr.learner(plain(data.images)).detach())
     p /= p.sum(1, keepdim=True)
@@ -304,22 +299,22 @@ def test_gce_at_a_tiny_exponent_is_cross_entropy() -> None:
     for key, value in ce.items():
         if isinstance(value, Tensor):
             torch.testing.assert_close(gce[key], value, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(net_state(trained("gce"))["net.5.weight"], ce["net.5.weight"], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(net_state(trained("gce"))["net.head.weight"], ce["net.head.weight"], rtol=1e-3, atol=1e-4)
 
 
 # Co-teaching
 
 
-def without_dropout() -> nn.Module:
+def without_dropout() -> Network:
     net = tiny_net()
-    next(module for module in net if isinstance(module, nn.Dropout)).p = 0.0
+    net.dropout.p = 0.0
     return net
 
 
 def nets_in_turn(*nets: nn.Module) -> Any:
     """A ``make_net`` that hands out copies of ``nets`` in turn."""
     turns: Iterator[nn.Module] = iter([copy.deepcopy(net) for net in nets])
-    return lambda: next(turns)
+    return lambda num_classes=None: next(turns)
 
 
 @pytest.fixture
@@ -425,3 +420,62 @@ def test_co_teaching_predicts_with_the_first_network_alone(pair: tuple[nn.Module
     method = co_teaching(*pair).eval()
     expected = copy.deepcopy(pair[0]).eval()(plain(images)).softmax(1)
     torch.testing.assert_close(method.predict(images), expected)
+
+
+# Constants: the test that notices when one is changed by a tenth
+
+HERE = "tests/test_methods_identities.py::"
+LOSSES = "tests/test_losses.py::"
+RUNNING_MEAN = HERE + "test_targets_are_the_unrolled_running_mean_of_the_training_predictions"
+PUBLISHED = HERE + "test_the_published_momentum_is_the_default_memory"
+ELR_VISITS = HERE + "test_elr_targets_after_n_visits_of_one_prediction"
+CROSSED = HERE + "test_each_network_learns_from_what_the_other_kept"
+RAMP = HERE + "test_the_share_left_out_rises_as_in_the_paper"
+BEGINS = "tests/test_methods_contract.py::test_begins_of_the_first_six"
+GCE = LOSSES + "test_generalized_cross_entropy_is_its_formula"
+
+MUTATIONS = [
+    Mutation("methods/base.py", "math.exp(-1.0 / (memory", "math.exp(-1.1 / (memory", PUBLISHED),
+    Mutation("methods/base.py", "start * 0.5 * (1 +", "start * 0.55 * (1 +", CROSSED),
+    Mutation("methods/base.py", "start * 0.5 * (1 +", "start * 0.5 * (1.1 +", CROSSED),
+    Mutation("methods/base.py", "math.cos(math.pi * fraction)", "math.cos(1.1 * math.pi * fraction)", CROSSED),
+    Mutation("methods/selc.py", "        0.047,", "        0.0517,", PUBLISHED),
+    Mutation("methods/selc.py", "momentum * self", "1.1 * momentum * self", RUNNING_MEAN),
+    Mutation("methods/selc.py", "(1 - momentum)", "(1.1 - momentum)", RUNNING_MEAN),
+    Mutation("methods/selc.py", "        0.15,", "        0.165,", BEGINS),
+    Mutation(
+        "methods/alr.py",
+        "self.config.entropy_weight * entropy",
+        "1.1 * self.config.entropy_weight * entropy",
+        HERE + "test_alr_steps_along_its_gradient_with_the_updated_targets",
+    ),
+    Mutation("methods/elr.py", "= beta * self", "= 1.1 * beta * self", ELR_VISITS),
+    Mutation("methods/elr.py", "] + (1 - beta)", "] + (1.1 - beta)", ELR_VISITS),
+    Mutation(
+        "methods/elr.py",
+        "self.config.strength * early",
+        "1.1 * self.config.strength * early",
+        HERE + "test_elr_steps_along_its_gradient_with_the_updated_targets",
+    ),
+    Mutation("methods/elr.py", "        0.0234,", "        0.02574,", PUBLISHED),
+    Mutation(
+        "losses/early_learning.py",
+        "FLOOR = 1e-4",
+        "FLOOR = 1.1e-4",
+        LOSSES + "test_early_learning_term_has_the_floor_that_the_clip_sets",
+    ),
+    Mutation(
+        "losses/early_learning.py",
+        "clamp(FLOOR, 1 - FLOOR)",
+        "clamp(FLOOR, 1 - 1.1 * FLOOR)",
+        LOSSES + "test_early_learning_term_has_the_floor_that_the_clip_sets",
+    ),
+    Mutation("losses/generalized_cross_entropy.py", "torch.expm1(q", "torch.expm1(1.1 * q", GCE),
+    Mutation("losses/generalized_cross_entropy.py", "labels)) / q", "labels)) / (1.1 * q)", GCE),
+    Mutation("methods/co_teaching.py", "(clock.epoch + 1)", "(clock.epoch + 1.1)", RAMP),
+    Mutation("methods/co_teaching.py", "min(1.0,", "min(1.1,", RAMP),
+    Mutation("methods/co_teaching.py", "(1 - forgotten)", "(1.1 - forgotten)", RAMP),
+    Mutation("methods/co_teaching.py", "        0.05,", "        0.055,", RAMP),
+    Mutation("methods/co_teaching.py", "* first_losses).sum()", "* first_losses).sum() / 1.1", CROSSED),
+    Mutation("methods/co_teaching.py", "* second_losses).sum()", "* second_losses).sum() / 1.1", CROSSED),
+]

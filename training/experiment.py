@@ -21,7 +21,7 @@ from data.views import make_views
 from hparams import Value, build
 from methods import find_method
 from methods.base import Task
-from models import make_model
+from models import Network, make_model
 from training import checkpoint
 from training.fit import Epoch, fit
 from training.statistics import RefinementStatistics
@@ -43,6 +43,7 @@ class Recipe:
     noise_seed: int = 0
     split_seed: int = 0
     validation_fraction: float = 0.3
+    trusted: int = 0  # samples with clean labels, taken from the training set
 
     @property
     def fingerprint(self) -> str:
@@ -50,7 +51,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     def dataset(self) -> Dataset:
-        return _dataset(self.data, self.noise, self.split_seed, self.noise_seed, self.validation_fraction)
+        return _dataset(self.data, self.noise, self.split_seed, self.noise_seed, self.validation_fraction, self.trusted)
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,16 @@ class EpochRecord:
 
 
 @cache
-def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float) -> Dataset:
+def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float, num_trusted: int) -> Dataset:
     """One copy per process, so that the trials of a reused worker share it."""
-    dataset = load(data, noise, seed=split_seed, noise_seed=noise_seed, validation_fraction=validation_fraction)
+    dataset = load(
+        data,
+        noise,
+        seed=split_seed,
+        noise_seed=noise_seed,
+        validation_fraction=validation_fraction,
+        num_trusted=num_trusted,
+    )
     return dataset if device() == "cpu" else _moved(dataset)
 
 
@@ -113,17 +121,17 @@ class Experiment:
         channels, size = dataset.train.images.shape[1:3]
         plain, weak, strong = make_views(dataset.mean, dataset.std, size)
 
-        def make_net() -> torch.nn.Module:
+        def make_net(num_classes: int | None = None) -> Network:
             return make_model(
                 recipe.model,
                 in_channels=channels,
                 image_size=size,
-                num_classes=dataset.num_classes,
+                num_classes=num_classes or dataset.num_classes,
                 dropout=config.dropout,
             ).to(device())
 
         torch.manual_seed(derive("initialisation", recipe.seed))
-        task = Task(dataset.num_classes, dataset.train.labels, make_net, plain, weak, strong)
+        task = Task(dataset.num_classes, dataset.train.labels, make_net, plain, weak, strong, dataset.trusted)
         self.method = method_class(config, task).to(device())
         self.statistics = RefinementStatistics(dataset.train.labels, dataset.train_truth, dataset.num_classes)
         self.history: list[EpochRecord] = []

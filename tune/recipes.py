@@ -42,6 +42,7 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
         noise_seed=noise_seed,
         split_seed=spec.split_seed,
         validation_fraction=spec.validation_fraction,
+        trusted=spec.trusted,
     )
 
 

@@ -44,6 +44,7 @@ class SweepSpec:
     model: str = option("", "network (default: by data set)")
     trials: int = option(32, "trials that end complete or stopped early", "[1, inf)")
     epochs: int = option(30, "full budget of a trial", "[1, inf)")
+    trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
     seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
     set: Mapping[str, str] = option({}, "a hyperparameter's fixed value, NAME=VALUE (repeatable)")
     range: Mapping[str, str] = option({}, "a hyperparameter's search range, NAME=LOW:HIGH[:log] (repeatable)")
@@ -106,7 +107,7 @@ def read_field(name: str, value: object) -> Any:
         return read_pairs(name, value)
     if name == "method":
         words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
-        return tuple(METHODS) if words == ["all"] else tuple(dict.fromkeys(words))
+        return tuple(dict.fromkeys(words))
     kind = {"int": int, "float": float, "str": str}[str(declared.type)]
     try:
         result = kind(str(value).strip())
@@ -136,8 +137,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def make_spec(values: Mapping[str, Any]) -> SweepSpec:
     """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong."""
     spec = SweepSpec(**values)
-    for method in spec.method:
-        find_method(method)
+    if spec.method == ("all",):
+        fitting = [name for name, method in METHODS.items() if spec.trusted or not method.needs_trusted]
+        spec = dataclasses.replace(spec, method=tuple(fitting))
+    for name in spec.method:
+        if find_method(name).needs_trusted and not spec.trusted:
+            raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
     source = find_source(spec.data)
     noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
     model = spec.model or str(source.defaults["model"])

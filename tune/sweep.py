@@ -20,6 +20,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
 from tune.desk import Desk
@@ -132,9 +133,15 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     noise = f", realised rate {report.realised_rate:.4f}, labels {report.label_checksum[:12]}" if report else ""
     sizes = f"{len(dataset.train)} training, {len(dataset.validation.labels)} validation (noisy labels)"
     sizes += f", {len(dataset.test.labels)} test (clean labels)" if dataset.test else ""
+    sizes += f", {len(dataset.trusted)} trusted (clean labels)" if dataset.trusted else ""
     lines = [f"data {spec.data}: {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
     rungs = spec.rungs()
     lines.append(f"{spec.trials} trials of {spec.epochs} epochs, ASHA rungs at {', '.join(map(str, rungs)) or 'none'}")
+    left_out = {name for name, method in METHODS.items() if method.needs_trusted and not spec.trusted}
+    if left_out and set(spec.method) == set(METHODS) - left_out:
+        lines.append(
+            f"without {', '.join(sorted(left_out))}, which also learns from clean labels: give their number with --trusted"
+        )
     for method in spec.method:
         parameters = space.parameters[method]
         drawn = [f"{parameter.field} {parameter.range}" for parameter in parameters if parameter.range]
