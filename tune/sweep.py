@@ -26,7 +26,7 @@ from tune import executor
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_lock
-from tune.ledger import RETRAIN, SWEEP, Ledger
+from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import default_recipe
 from tune.space import Space
 from tune.spec import Sweep, SweepSpec, check_name
@@ -188,15 +188,19 @@ def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> int:
         raise ValueError(f"sweep {name!r} has no complete trial yet; finish it with: {resume_command(sweep.folder)}")
     with driver_lock(sweep.folder):
         (sweep.folder / RETRAIN).mkdir(exist_ok=True)
-        ledger = Ledger(sweep, RETRAIN, create=True)
-        attrs = [trial.user_attrs for trial in ledger.study.get_trials(deepcopy=False)]
-        known = {(held["source"], held["seed"]) for held in attrs}
-        for seed in range(num_seeds):
-            for rank, record in enumerate(best, 1):
-                if (record.number, seed) not in known:
-                    pair = {"source": record.number, "rank": rank, "seed": seed, "noise_draw": seed + 1}
-                    ledger.enqueue(record.params, pair)
+        enqueue_retraining(Ledger(sweep, RETRAIN, create=True), best, num_seeds)
     return execute(sweep, RETRAIN)
+
+
+def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:
+    """Adds the pairs of a configuration and a seed that a retraining lacks; ``best`` comes first in its reports."""
+    attrs = [trial.user_attrs for trial in ledger.study.get_trials(deepcopy=False)]
+    known = {(held["source"], held["seed"]) for held in attrs}
+    for seed in range(num_seeds):
+        for rank, record in enumerate(best, 1):
+            if (record.number, seed) not in known:
+                pair = {"source": record.number, "rank": rank, "seed": seed, "noise_draw": seed + 1}
+                ledger.enqueue(record.params, pair)
 
 
 def resume_command(folder: Path, kind: str = SWEEP) -> str:
