@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 UV := uv==0.13.9
 
-.PHONY: demo test check lock goldens
+.PHONY: demo test check docs lock goldens
 
 demo: $(VENV)/ready
 	@if [ -d runs/demo ]; then $(PYTHON) search.py resume demo; \
@@ -23,6 +23,9 @@ check: $(VENV)/ready
 
 goldens: $(VENV)/ready
 	$(PYTHON) -m tests.test_goldens
+
+docs: $(VENV)/ready
+	$(PYTHON) docs/pages.py
 
 lock: $(VENV)/ready
 	$(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --group dev pyproject.toml -o requirements.lock

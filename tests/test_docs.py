@@ -1,0 +1,27 @@
+"""The pages that are made of code and result files are those that ``make docs`` makes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_pages_are_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pages = module.pages()
+    assert pages
+    for path, text in pages.items():
+        assert path.read_text() == text, f"{path.name} is not what the code says: make docs"
+
+
+def test_every_method_has_its_place_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in METHODS if f"`{name}`" not in text] == []
