@@ -117,11 +117,12 @@ def results_page(rows: list[dict[str, Any]]) -> str:
     parts = [
         HEAD,
         "# Methods compared\n",
-        """`python benchmarks/methods.py` searches each method on its own, on digits with small-cnn, and trains the best complete
-trial by *noisy* validation accuracy again over seeds; `clean test` is the mean and standard error of its clean test
-accuracy, in %. `minus ce` is the difference to cross-entropy under the same seeds, paired. `oracle` is what the trial
-with the best clean test accuracy would have given, which nobody can choose without clean labels. Seconds and epochs
-are those of the search, all trials together. Ranges and defaults were fixed in a commit before the table was made.
+        """`python benchmarks/methods.py` searches each method on its own, on digits with small-cnn, and trains the best
+complete trial by *noisy* validation accuracy again over seeds; `clean test` is the mean and standard error of
+its clean test accuracy, in %. `minus ce` is the difference to cross-entropy under the same seeds, paired.
+`oracle` is what the trial with the best clean test accuracy would have given, which nobody can choose without
+clean labels. Seconds and epochs are those of the search, all trials together. Ranges and defaults were fixed in
+a commit before the table was made.
 """,
     ]
     for noise in dict.fromkeys(row["noise"] for row in rows):
