@@ -27,20 +27,20 @@ HEAD = "<!-- made by docs/pages.py (make docs): do not edit -->\n"
 # -- methods.md -------------------------------------------------------------------------------------------------------
 
 
-def bytes_per_sample(name: str, num_classes: int) -> float:
+def bytes_per_sample(name: str, classes: int) -> float:
     """What a method keeps of each sample, read off its state."""
 
-    def make_net(classes: int | None = None) -> Network:
-        return Network(nn.Flatten(), 4, classes or num_classes, 0.0)
+    def make_net(num_classes: int | None = None) -> Network:
+        return Network(nn.Flatten(), 4, num_classes or classes, 0.0)
 
     def view(images: torch.Tensor) -> torch.Tensor:
         return images.float()
 
-    labels = torch.arange(NUM_SAMPLES) % num_classes
-    trusted = TrainData(torch.zeros(num_classes, 1, 2, 2, dtype=torch.uint8), torch.arange(num_classes))
-    method = METHODS[name](METHODS[name].Config(), Task(num_classes, labels, make_net, view, view, view, trusted))
-    kept = [value for value in method.state_dict().values() if value.shape[:1] == (NUM_SAMPLES,)]
-    return sum(value.numel() * value.element_size() for value in kept) / NUM_SAMPLES
+    labels = torch.arange(NUM_SAMPLES) % classes
+    trusted = TrainData(torch.zeros(classes, 1, 2, 2, dtype=torch.uint8), torch.arange(classes))
+    method = METHODS[name](METHODS[name].Config(), Task(classes, labels, make_net, view, view, view, trusted))
+    kept: list[torch.Tensor] = [value for value in method.state_dict().values() if value.shape[:1] == (NUM_SAMPLES,)]
+    return sum([value.numel() * value.element_size() for value in kept]) / NUM_SAMPLES
 
 
 def state(name: str) -> str:
@@ -127,7 +127,7 @@ a commit before the table was made.
     ]
     for noise in dict.fromkeys(row["noise"] for row in rows):
         here = [row for row in rows if row["noise"] == noise]
-        baseline = next((row["by_seed"] for row in here if row["method"] == "ce"), {})
+        baseline: dict[str, float] = next((row["by_seed"] for row in here if row["method"] == "ce"), {})
         budget, seeds = here[0], len(here[0]["by_seed"])
         parts.append(f"## {noise}\n\n{budget['trials']} trials of up to {budget['budget']} epochs, {seeds} seeds.\n")
         lines = []
