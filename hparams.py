@@ -82,7 +82,7 @@ class Hyperparameter:
 
     def check(self, value: Value) -> Value:
         """Returns ``value``; ValueError where it is not legal."""
-        good = value in self.choices if self.legal is None else math.isfinite(float(value)) and float(value) in self.legal
+        good = value in self.choices if self.legal is None else is_finite(value) and float(value) in self.legal
         if not good:
             raise ValueError(f"{self.name}: {value!r} is not allowed; it must be {self.allowed}")
         return value
@@ -116,6 +116,14 @@ class Hyperparameter:
         if parts[2:] and low <= 0:
             raise ValueError(f"{self.name}: range {text!r} cannot be logarithmic; LOW must be above 0")
         return Range(low, high, log=bool(parts[2:]))
+
+
+def is_finite(value: Value) -> bool:
+    """False for what is not a number, infinite, or too large for a float."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def hyperparameter(

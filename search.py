@@ -102,22 +102,33 @@ def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
 def launch(options: argparse.Namespace) -> int:
     from tune.spec import make_spec, read_yaml
 
-    values = read_yaml(Path(options.spec)) if options.spec else {}
-    spec = make_spec(values | given(options))
+    values, flags = read_yaml(Path(options.spec)) if options.spec else {}, given(options)
+    given_here = {**flags.get("set", {}), **flags.get("range", {})}
+    for name in ("set", "range"):  # a flag wins over the file, hyperparameter by hyperparameter
+        kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
+        flags[name] = kept | flags.get(name, {})
+    spec = make_spec(values | flags)
     from tune import sweep
 
-    code = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run)
+    ended = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run)
     if not options.dry_run:
         show(options.name, options.storage, 10)
-    return code
+    return said(ended)
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    code = sweep.resume(options.name, options.storage, given(options))
+    ended = sweep.resume(options.name, options.storage, given(options))
     show(options.name, options.storage, 10)
-    return code
+    return said(ended)
+
+
+def said(ended: Any) -> int:
+    """Says the last words of a command; returns its exit code."""
+    if ended.advice:
+        print(ended.advice, file=sys.stderr if ended.code == 1 else sys.stdout)
+    return int(ended.code)
 
 
 def retrain(options: argparse.Namespace) -> int:
@@ -130,14 +141,15 @@ def retrain(options: argparse.Namespace) -> int:
     if options.json:
         stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
         try:
-            code = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
+            ended = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
+            said(ended)
         finally:
             sys.stdout = stdout
     else:
-        code = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
+        ended = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
     ledger = Ledger(Sweep.find(options.storage, options.name), RETRAIN, read_only=True)
     print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
-    return code
+    return int(ended.code) if options.json else said(ended)
 
 
 def best(options: argparse.Namespace) -> int:
@@ -179,9 +191,11 @@ def train(options: argparse.Namespace) -> int:
     if options.config and flags:
         raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
+    import torch
+
     from training.experiment import Experiment
 
-    experiment = Experiment(recipe)
+    experiment = Experiment(recipe, device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"{recipe.method} on {recipe.data}, noise {recipe.noise}, network {recipe.model}, {recipe.epochs} epochs")
     try:
         for record in experiment:

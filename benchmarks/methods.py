@@ -38,7 +38,7 @@ from methods import METHODS  # noqa: E402
 from training.experiment import EpochRecord  # noqa: E402
 from tune.desk import FINISHED, Desk  # noqa: E402
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
-from tune.recipes import default_recipe  # noqa: E402
+from tune.recipes import dataset as dataset_of  # noqa: E402
 from tune.report import mean_and_error, retrain_rows  # noqa: E402
 from tune.spec import Sweep, SweepSpec, make_spec  # noqa: E402
 from tune.sweep import enqueue_retraining  # noqa: E402
@@ -113,7 +113,7 @@ def opened(folder: Path, spec: SweepSpec) -> Sweep:
     """The sweep in ``folder``, made if there is none."""
     if not (folder / "sweep.yaml").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        data = default_recipe(spec, spec.method[0]).dataset().fingerprint
+        data = dataset_of(spec).fingerprint
         sweep = Sweep(folder, spec, {"id": uuid.uuid4().hex, "created": time.time(), "data": data, "commit": "benchmark"})
         ledger = Ledger(sweep, create=True)
         ledger.enqueue(ledger.space.defaults(spec.method[0], spec)[0])

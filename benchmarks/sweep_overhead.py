@@ -142,13 +142,14 @@ def run_stock(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune.recipes import default_recipe
+    from tune.recipes import from_flags
     from tune.space import Space
     from tune.spec import make_spec
     from tune.tracker import tracking_uri
 
-    spec = make_spec({"method": ("alr",), "epochs": options.epochs, "seed": options.seed})
-    recipe, rungs = dataclasses.asdict(default_recipe(spec, "alr")), spec.rungs()
+    fields = {"method": ("alr",), "epochs": options.epochs, "seed": options.seed}
+    spec, recipe = make_spec(fields), dataclasses.asdict(from_flags(fields))
+    rungs = spec.rungs()
     space = {
         parameter.field: (tune.loguniform if parameter.range.log else tune.uniform)(parameter.range.low, parameter.range.high)
         for parameter in Space(spec).parameters["alr"]

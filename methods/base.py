@@ -58,7 +58,7 @@ class Config:
         1e-3, "L2 penalty, coupled, on every parameter", legal="[0, inf)", search=(1e-5, 1e-2), log=True
     )
     momentum: float = hyperparameter(0.9, "momentum of SGD", legal="[0, 1)")
-    batch_size: int = hyperparameter(128, "images in a batch", legal="[2, inf)")
+    batch_size: int = hyperparameter(128, "images in a batch", legal="[2, 2147483647]")
     dropout: float = hyperparameter(0.0, "probability of dropping a feature before the head", legal="[0, 1)")
     augmentation: str = hyperparameter("weak", "which view of an image is trained on", choices=("none", "weak", "strong"))
 

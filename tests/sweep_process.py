@@ -17,7 +17,7 @@ from tests.sweeps import make_sweep, play
 from tune import report
 from tune.desk import Desk
 from tune.ledger import Ledger
-from tune.recipes import default_recipe
+from tune.recipes import dataset
 from tune.spec import Sweep
 from tune.tracker import noted_runs
 
@@ -128,7 +128,7 @@ def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]]) -> No
 def make_finished_sweep(storage: Path, name: str) -> Path:
     """A sweep of three made-up trials that has ended, with the checksum of the real data; returns its folder."""
     sweep = make_sweep(storage, name, trials=3, epochs=3)
-    fingerprint = default_recipe(sweep.spec, "ce").dataset().fingerprint
+    fingerprint = dataset(sweep.spec).fingerprint
     sweep = Sweep(sweep.folder, sweep.spec, {**sweep.provenance, "data": fingerprint})
     sweep.write()
     play(Desk(Ledger(sweep), total=3, concurrent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,12 @@ import pytest
 
 import search
 from tests.sweep_process import ROOT, make_finished_sweep
+from tests.sweeps import make_sweep, play
+from tune.desk import Desk
+from tune.driver import driver_command, driver_lock
+from tune.ledger import RETRAIN, Ledger
+from tune.report import retrain_rows
+from tune.sweep import enqueue_retraining, num_missing
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +71,12 @@ BAD_LAUNCHES = {
     "zero epochs": (["--epochs", "0"], ["'0'", "[1, inf)"]),
     "negative seed": (["--seed", "-1"], ["'-1'", "[0, inf)"]),
     "more CPUs than there are": (["--cpus-per-trial", "4096"], ["4096", "CPUs"]),
-    "no CPU": (["--cpus-per-trial", "0"], ["'0'", "(0, inf)"]),
+    "no CPU": (["--cpus-per-trial", "0"], ["'0'", "[0.0001, inf)"]),
+    "less than Ray's unit of a CPU": (["--cpus-per-trial", "1e-300"], ["1e-300", "[0.0001, inf)"]),
+    "less than Ray's unit of a GPU": (["--gpus-per-trial", "1e-300"], ["1e-300", "0.0001"]),
+    "more trials than a float holds": (["--trials", "9" * 400], ["999", "an integer"]),
+    "a batch beyond all bounds": (["--set", "batch_size=" + "9" * 400], ["999", "an integer in [2, "]),
+    "a parameter of a method that is not searched": (["--method", "alr,ce", "--set", "gce.q=0.5"], ["'gce.q'", "known are"]),
     "more GPUs than there are": (["--gpus-per-trial", "64"], ["64", "GPUs"]),
     "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["1.5", "whole"]),
     "tracking that is no address": (["--tracking", "mlruns"], ["'mlruns'", "http"]),
@@ -81,7 +93,7 @@ def test_bad_launch(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "runs").exists() or os.listdir(tmp_path / "runs") == []
 
 
-@pytest.mark.parametrize("name", ["a/b", "../up", "", ".hidden", "with space", "-x" * 80])
+@pytest.mark.parametrize("name", ["mlartifacts", "mlflow.db", "a/b", "../up", "", ".hidden", "with space", "-x" * 80])
 def test_bad_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("launch", "resume", "best", "retrain", "stop"):
         refused(capsys, verb, "--storage", tmp_path / "runs", "--", name)
@@ -100,6 +112,8 @@ def test_bad_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("reduction_factor: 1\n", ["1", "[2, inf)"]),
         ("validation_fraction: 1.0\n", ["1.0", "(0, 1)"]),
         ("validation_fraction: 0.9999\n", ["training"]),
+        ("epochs: 3\nepochs: 4\n", ["'epochs'", "twice"]),
+        ("0\n", ["KEY: VALUE"]),
     ],
 )
 def test_bad_spec_file(text: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +152,24 @@ def test_sweep_that_does_not_exist(verb: str, tmp_path: Path, capsys: pytest.Cap
     assert "other" in line
 
 
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("sqlite:", ["'sqlite:'", "sqlite:///FILE"]),
+        ("sqlite:////nowhere/at/all/x.db", ["/nowhere/at/all", "cannot be written"]),
+        ("postgresql+nodriver://user:secret@127.0.0.1:1/x", ["127.0.0.1:1/x", "cannot be opened"]),
+    ],
+)
+def test_tracking_database_that_cannot_be_opened(
+    uri: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "launch", "bad", "--storage", tmp_path / "runs", "--tracking", uri)
+    for word in words:
+        assert word in line
+    assert "secret" not in line
+    assert os.listdir(tmp_path / "runs") == []
+
+
 def test_sweep_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_finished_sweep(tmp_path, "taken")
     held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -150,6 +182,7 @@ def test_sweep_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ("flags", "words"),
     [
         (["--trials", "0"], ["'0'"]),
+        (["--trials", "2"], ["2 is not allowed", "3 trials"]),
         (["--concurrent", "-1"], ["'-1'"]),
         (["--cpus-per-trial", "4096"], ["4096"]),
         (["--epochs", "50"], ["--epochs"]),
@@ -200,6 +233,123 @@ def test_dry_run_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "warmup=0.1" in said
     assert "realised rate 0.3999" in said  # 575 of 1,438 labels
     assert os.listdir(tmp_path) == []
+
+
+def test_a_flag_wins_over_the_spec_file_hyperparameter_by_hyperparameter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("method: alr\nset: {momentum: 0.5, memory: 0.05}\nrange: {batch_size: 16:32, lr: 0.01:0.02}\n")
+    flags = ["--set", "lr=0.03", "--range", "memory=0.04:0.06"]
+    assert search.main(["launch", "dry", "--storage", str(tmp_path / "runs"), "--dry-run", "--spec", str(spec), *flags]) == 0
+    said = capsys.readouterr().out
+    for word in ("momentum=0.5", "batch_size 16:32", "lr=0.03", "memory 0.04:0.06"):
+        assert word in said
+
+
+def test_a_parameter_of_a_method_that_is_not_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "alr,gce", "--set", "gce.q=0.5", "--dry-run"]
+    assert search.main(["launch", "dry", "--storage", str(tmp_path), *flags]) == 0
+    assert "q=0.5" in capsys.readouterr().out
+
+
+def test_a_machine_with_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver keeps its data in main memory, and says what a trial that asks for no GPU does not use."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert search.main(["launch", "dry", "--storage", str(tmp_path), "--dry-run"]) == 0
+    assert "trials run on the CPU; this machine has 2 GPUs: --gpus-per-trial" in capsys.readouterr().out
+    assert search.main(["launch", "dry", "--storage", str(tmp_path), "--dry-run", "--gpus-per-trial", "0.5"]) == 0
+    assert "trials run on the CPU" not in capsys.readouterr().out
+
+
+def test_a_launch_that_was_killed_and_a_damaged_sweep_leave_the_list_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_finished_sweep(tmp_path, "good")
+    for name in (".first.x1y2z3", "bad"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.yaml").write_text("spec: [1]\n")
+    assert search.main(["list", "--storage", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["bad", "good"]
+    assert "damaged" in lines[2]
+    assert "3/3" in lines[3]
+    assert "damaged" in refused(capsys, "best", "bad", "--storage", tmp_path)
+
+
+def test_resume_of_a_finished_sweep_says_so(tmp_path: Path, migrated_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = tmp_path / "with space"
+    storage.mkdir()
+    shutil.copy(migrated_store, storage / "mlflow.db")
+    folder = make_finished_sweep(storage, "done")
+    assert search.main(["resume", "done", "--storage", str(storage)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    command = f"python search.py resume done --storage '{storage}'"
+    assert last == f"nothing was left to do: 3 of 3 trials; for more: {command} --trials N"
+    assert search.main(["train", str(folder / "best_config.yaml")]) == 0
+
+
+def test_trials_in_progress_wait_when_no_driver_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, "half", trials=3, epochs=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=2), keep=[1])
+    with driver_lock(sweep.folder, "python search.py resume half"):
+        assert search.main(["best", "half", "--storage", str(tmp_path)]) == 0
+        assert "running" in capsys.readouterr().out
+        assert driver_command(sweep.folder) == "python search.py resume half"
+    assert search.main(["best", "half", "--storage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "waiting" in said
+    assert "running" not in said
+
+
+def test_a_retraining_that_failed_is_tried_again(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, "some", trials=2, epochs=2)
+    searched = Ledger(sweep)
+    play(Desk(searched, total=2, concurrent=2))
+    (sweep.folder / RETRAIN).mkdir()
+
+    def retraining() -> Ledger:
+        enqueue_retraining(Ledger(sweep, RETRAIN, create=True), searched.leaderboard()[:1], 2)
+        return Ledger(sweep, RETRAIN)
+
+    ledger = retraining()
+    desk = Desk(ledger, total=ledger.total, concurrent=2)
+    for name in ("a", "b"):
+        desk.next(name)
+    desk.result("a", [], failure="Traceback\nMemoryError", diverged=False)
+    desk.ended("a")
+    play(desk)
+    assert (ledger.total, num_missing(ledger), ledger.spent) == (2, 1, True)
+    again = retraining()
+    assert (again.total, num_missing(again), again.spent) == (3, 1, False)
+    play(Desk(again, total=again.total, concurrent=2))
+    assert (num_missing(again), again.spent) == (0, True)
+    assert retraining().total == 3
+    (row,) = retrain_rows(again)
+    assert (row["seeds"], sorted(row["by_seed"])) == (2, ["0", "1"])
+
+
+def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
+    """``launch | head -1``, or a terminal that is gone: the sweep goes on, in silence."""
+    code = """
+import sys
+from tests.sweeps import make_sweep, play
+from pathlib import Path
+from tune.desk import Desk
+from tune.display import Display
+from tune.ledger import Ledger
+
+ledger = Ledger(make_sweep(Path(sys.argv[1]), "piped", trials=40))
+with Display(ledger, 40) as display:
+    play(Desk(ledger, total=40, concurrent=2, on_event=display.event))
+print(ledger.num_counted(), file=sys.stderr)
+"""
+    for sink in ("| head -1", "> /dev/full"):
+        place = tmp_path / sink.strip("|> /").replace(" ", "").replace("/", "")
+        command = f"{sys.executable} -u -c '{code}' {place} {sink}"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "40\n"), sink
 
 
 def test_help_list_and_best_import_no_executor(tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     assert f"{100 * rows[0]['value']:.2f}" in trained.splitlines()[-1]  # the same numbers, bit for bit on this machine
 
 
-LATE_SIGNAL = """
-import os, signal, sys, time
+SIGNALLED = """
+import os, signal, sys, threading, time
 from pathlib import Path
 from tune import executor
 from tune.desk import Desk
@@ -179,18 +179,24 @@ from tune.spec import Sweep
 
 sweep = Sweep.read(Path(sys.argv[1]))
 desk = Desk(Ledger(sweep), total=sweep.spec.trials, concurrent=2)
+terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
 with Interruption(desk, sweep.folder / "stop") as interruption:
+    if sys.argv[2] == "early":
+        threading.Timer(float(sys.argv[3]), terminate).start()
     executor.run(desk, sweep.spec, interruption)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if sys.argv[2] == "late":
+        terminate()
     time.sleep(0.1)
     print("noted", interruption.signal)
 """
 
 
-def test_sigterm_after_ray_has_shut_down(storage: Path) -> None:
-    """While the tracker writes its last, a SIGTERM is still ours: Ray's shutdown resets it to kill without a word."""
-    folder = make_finished_sweep(storage, "late")
-    done = subprocess.run([sys.executable, "-c", LATE_SIGNAL, folder], capture_output=True, text=True, cwd=ROOT, check=False)
+@pytest.mark.parametrize("when", [("early", "1.5"), ("late",)], ids=["while Ray starts", "after it has shut down"])
+def test_sigterm_is_ours(when: tuple[str, ...], storage: Path) -> None:
+    """Ray's start brings a handler that exits wherever it is; its shutdown lets SIGTERM kill without a word."""
+    folder = make_finished_sweep(storage, "signalled")
+    command = [sys.executable, "-c", SIGNALLED, folder, *when]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (0, "noted 15\n"), done.stderr
 
 

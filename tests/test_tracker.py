@@ -50,7 +50,7 @@ def play(ledger: Ledger, trials: int = 6, *, keep: int = 0, between: Callable[[]
     ``between`` is called after each epoch."""
     desk = Desk(ledger, total=trials, concurrent=2)
     for given in range(10**6):
-        while len(desk.live) < 2 and desk.num_counted() + len(desk.live) < trials - (0 if desk.waiting else keep):
+        while len(desk.live) < 2 and desk.ledger.num_counted() + len(desk.live) < trials - (0 if desk.waiting else keep):
             desk.next(f"{given}-{len(desk.live)}-{time.monotonic_ns()}")
         if not desk.live:
             break
@@ -318,7 +318,7 @@ def test_a_retraining_has_a_parent_of_its_own(storage: Path) -> None:
     Projection(ledger, uri).close(spent=True)
     (sweep.folder / RETRAIN).mkdir()
     retraining = Ledger(sweep, RETRAIN, create=True)
-    retraining.enqueue(record.params, {"source": 0, "rank": 1, "seed": 4, "noise_draw": 5})
+    retraining.enqueue(record.params, {"source": 0, "seed": 4, "noise_draw": 5})
     again = retraining.ask()
     retraining.report(again, [epoch_record(epoch, 0.75) for epoch in range(1, 10)])
     retraining.complete(again)

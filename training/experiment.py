@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,10 @@ class Recipe:
         """Equal for equal recipes only; a checkpoint carries it."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def dataset(self) -> Dataset:
-        return _dataset(self.data, self.noise, self.split_seed, self.noise_seed, self.validation_fraction, self.trusted)
+    def dataset(self, device: str = "cpu") -> Dataset:
+        """The data set that it is run on, its tensors on ``device``."""
+        fields = (self.data, self.noise, self.split_seed, self.noise_seed, self.validation_fraction, self.trusted)
+        return _dataset(*fields) if device == "cpu" else _moved(fields, device)
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class EpochRecord:
     metrics: dict[str, float]
 
 
-@cache
+@lru_cache(maxsize=2)
 def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float, num_trusted: int) -> Dataset:
-    """One copy per process, so that the trials of a reused worker share it."""
-    dataset = load(
+    """Shared by the trials of a reused worker."""
+    return load(
         data,
         noise,
         seed=split_seed,
@@ -75,24 +77,22 @@ def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation
         validation_fraction=validation_fraction,
         num_trusted=num_trusted,
     )
-    return dataset if device() == "cpu" else _moved(dataset)
 
 
-def _moved(dataset: Dataset) -> Dataset:
+@lru_cache(maxsize=2)
+def _moved(fields: tuple[Any, ...], device: str) -> Dataset:
+    """The same with its tensors on another device."""
+
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device())
+            return value.to(device)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             held = {field.name: move(getattr(value, field.name)) for field in dataclasses.fields(value)}
             return dataclasses.replace(value, **held)
         return value
 
-    moved: Dataset = move(dataset)
+    moved: Dataset = move(_dataset(*fields))
     return moved
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def objective_window(epochs: int) -> int:
@@ -109,13 +109,14 @@ class Experiment:
     """A trial that can be advanced and saved. ``epochs_done`` and ``history`` say how far it is.
 
     With a ``folder`` it starts from the checkpoint there, if one is readable and of the same recipe, and :meth:`save` writes
-    it. Building one has no side effect on the folder.
+    it. Building one has no side effect on the folder. ``device`` is torch's name of where it runs.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None = None, rungs: Collection[int] = ()) -> None:
+    def __init__(self, recipe: Recipe, folder: Path | None = None, rungs: Collection[int] = (), device: str = "cpu") -> None:
         self.recipe = recipe
+        self.device = device
         self.path = folder / "checkpoint.pt" if folder else None
-        dataset = recipe.dataset()
+        dataset = recipe.dataset(device)
         method_class = find_method(recipe.method)
         config = build(method_class.Config, recipe.values)
         channels, size = dataset.train.images.shape[1:3]
@@ -128,11 +129,11 @@ class Experiment:
                 image_size=size,
                 num_classes=num_classes or dataset.num_classes,
                 dropout=config.dropout,
-            ).to(device())
+            ).to(device)
 
         torch.manual_seed(derive("initialisation", recipe.seed))
         task = Task(dataset.num_classes, dataset.train.labels, make_net, plain, weak, strong, dataset.trusted)
-        self.method = method_class(config, task).to(device())
+        self.method = method_class(config, task).to(device)
         self.statistics = RefinementStatistics(dataset.train.labels, dataset.train_truth, dataset.num_classes)
         self.history: list[EpochRecord] = []
         self.saved_epochs: int | None = None
@@ -186,7 +187,7 @@ class Experiment:
         if self.path is None:
             return
         try:
-            state = checkpoint.load(self.path, device())
+            state = checkpoint.load(self.path, self.device)
         except FileNotFoundError:
             return
         except checkpoint.UnreadableCheckpoint as error:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from optuna.trial import TrialState
 
 from training.experiment import EpochRecord
-from tune.ledger import SWEEP, Ledger, Record
+from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
 from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES
@@ -69,11 +69,6 @@ class Desk:
 
     # -- handing out --------------------------------------------------------------------------------------------------
 
-    def num_counted(self) -> int:
-        """Trials that count towards the budget: in a sweep a failed one is made up for, in a retraining it is not."""
-        states = [TrialState.COMPLETE, TrialState.PRUNED]
-        return self.ledger.count(*states, *([] if self.ledger.kind == SWEEP else [TrialState.FAIL]))
-
     def next(self, executor_id: str) -> Record | Finished | None:
         """The next trial to run; None: not now; FINISHED: the budget is spent."""
         if self.halted.is_set():
@@ -82,7 +77,7 @@ class Desk:
             return None
         if self.waiting:
             record = self.waiting.popleft()
-        elif self.num_counted() + len(self.live) < self.total:
+        elif self.ledger.num_counted() + len(self.live) < self.total:
             try:
                 record = self.ledger.ask()
             except OSError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -18,13 +20,25 @@ REFRESH = 0.5
 SHOWN = 12
 
 
+class Screen(Console):
+    """A console whose reader may go away: what is shown then goes nowhere, and the sweep goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.go_dark()
+
+    def go_dark(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Display:
     """Prints a trial's start, end and lost process; on a terminal the leaderboard stands below and moves."""
 
     def __init__(self, ledger: Ledger, total: int) -> None:
         self.ledger = ledger
         self.total = total
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Screen(soft_wrap=True, highlight=False)
         self.live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="display", daemon=True)
@@ -41,7 +55,7 @@ class Display:
         self._stop.set()
         if self.live:
             self._thread.join()
-            self.live.stop()
+            self._show(self.live.stop)
 
     def event(self, kind: str, record: Record) -> None:
         """``started``, ``ended`` or ``lost``."""
@@ -64,12 +78,19 @@ class Display:
         return f"{text} | {num_done}/{self.total} trials, {lead}, {time.monotonic() - self.began:.0f} s"
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self._show(lambda: self.console.print(text, markup=False))
+
+    def _show(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError:  # a terminal that is gone, a full disk behind the output
+            self.console.go_dark()
 
     def _refresh(self) -> None:
-        assert self.live is not None
+        live = self.live
+        assert live is not None
         while not self._stop.wait(REFRESH):
-            self.live.update(self.table(), refresh=True)
+            self._show(lambda: live.update(self.table(), refresh=True))
 
     def table(self) -> Table:
         """The running trials, then the best of the finished ones."""

@@ -9,14 +9,16 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from tune.desk import Desk
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal goes away, unless nohup ignores it
 STOP_REQUEST = "stop"  # the file by which another process asks
 
 
@@ -24,23 +26,50 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, and the epochs in progress did not end in time."""
 
 
+LOCK = "driver.lock"  # held by the driver; says who it is, and which command goes on with what it does
+
+
 @contextlib.contextmanager
-def driver_lock(folder: Path) -> Iterator[None]:
+def driver_lock(folder: Path, command: str) -> Iterator[None]:
     """Holds the sweep. The kernel lets go of it with the process. ValueError names the process that has it."""
-    with (folder / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with (folder / LOCK).open("a+") as file:
+        if not _locked(file, fcntl.LOCK_EX, patience=0.3):  # as long as a look at the lock may take
             file.seek(0)
-            raise ValueError(f"sweep {folder.name!r} is being run by {file.read().strip() or 'another process'}") from error
+            raise ValueError(f"sweep {folder.name!r} is being run by {file.readline().strip() or 'another process'}")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{command}\n")
         file.flush()
         yield
 
 
+def _locked(file: IO[str], how: int, patience: float = 0.0) -> bool:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
+
+
+def driver_alive(folder: Path) -> bool:
+    """Whether a process holds the sweep."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open() as file:
+        return not _locked(file, fcntl.LOCK_SH)
+
+
+def driver_command(folder: Path) -> str:
+    """The command that goes on with what the driver does, or did last; empty where none was noted."""
+    return "".join((folder / LOCK).read_text().splitlines()[1:2])
+
+
 class Interruption:
-    """SIGINT, SIGTERM and ``stop NAME``: no new trial; epochs in progress get some seconds; then the run is broken off."""
+    """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off."""
 
     def __init__(self, desk: Desk, request: Path) -> None:
         self.desk = desk
@@ -69,9 +98,10 @@ class Interruption:
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
     def listen(self) -> dict[int, Any]:
-        """Installs the handlers, and returns the ones before. To be called again after Ray has started, which brings its own,
-        and after it has shut down, which makes SIGTERM deadly again without telling Python."""
-        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle, signal.SIGALRM: self._give_up}
+        """Installs the handlers, and returns the ones before. To be called again after Ray has shut down, which makes SIGTERM
+        deadly again without telling Python."""
+        handlers: dict[int, Any] = {number: self._handle for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        handlers[signal.SIGALRM] = self._give_up
         return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def settle(self) -> None:

@@ -16,8 +16,8 @@ from tune.spec import SweepSpec
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
-    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
+def _prepare() -> None:
+    """What Ray and Tune read when they are imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -25,13 +25,17 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
+    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
+    _prepare()
     import ray
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         with contextlib.suppress(Interrupted):
             connect(spec.address)
-            interruption.listen()
             held = capacity(spec)
             desk.concurrent = min(spec.concurrent or held, held)
             _tune(desk, spec)
@@ -43,8 +47,11 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
 def connect(address: str) -> None:
     """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us."""
     import ray
+    from ray._private import utils
 
     shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"]} if address else None
+    raise_exit = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:
         ray.init(
             address=address or "local",
@@ -59,6 +66,20 @@ def connect(address: str) -> None:
         if not address:
             raise
         raise ValueError(f"Ray cluster {address!r} cannot be joined: {' '.join(str(error).split())}") from error
+    finally:
+        utils.set_sigterm_handler = raise_exit
+
+
+def check_cluster(spec: SweepSpec) -> None:
+    """ValueError where the cluster cannot be joined or none of its nodes holds a trial."""
+    _prepare()
+    import ray
+
+    try:
+        connect(spec.address)
+        capacity(spec)
+    finally:
+        ray.shutdown()
 
 
 def capacity(spec: SweepSpec) -> int:
@@ -68,12 +89,12 @@ def capacity(spec: SweepSpec) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     total = 0
     for node in nodes:
-        fits = [node.get("CPU", 0.0) // spec.cpus_per_trial]
+        fits = [how_many(node.get("CPU", 0.0), spec.cpus_per_trial)]
         if spec.gpus_per_trial >= 1:
-            fits.append(node.get("GPU", 0.0) // spec.gpus_per_trial)
+            fits.append(how_many(node.get("GPU", 0.0), spec.gpus_per_trial))
         elif spec.gpus_per_trial > 0:
-            fits.append(node.get("GPU", 0.0) * (1 // spec.gpus_per_trial))  # a fraction does not span two GPUs
-        total += int(min(fits))
+            fits.append(int(node.get("GPU", 0.0)) * how_many(1, spec.gpus_per_trial))  # a fraction does not span two GPUs
+        total += min(fits)
     if not total:
         most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
         raise ValueError(
@@ -81,6 +102,11 @@ def capacity(spec: SweepSpec) -> int:
             f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
         )
     return total
+
+
+def how_many(have: float, need: float) -> int:
+    """How often ``need`` goes into ``have``, in Ray's units of a ten-thousandth."""
+    return round(have * 10_000) // round(need * 10_000)
 
 
 def _tune(desk: Desk, spec: SweepSpec) -> None:

@@ -180,6 +180,21 @@ class Ledger:
     def count(self, *states: TrialState) -> int:
         return sum(self.states[state] for state in states)
 
+    @property
+    def total(self) -> int:
+        """How many trials were asked for."""
+        return self.sweep.spec.trials if self.kind == SWEEP else len(self.study.get_trials(deepcopy=False))
+
+    def num_counted(self) -> int:
+        """Trials that count towards the total: in a sweep a failed one is made up for, in a retraining it is not."""
+        states = [TrialState.COMPLETE, TrialState.PRUNED]
+        return self.count(*states, *([] if self.kind == SWEEP else [TrialState.FAIL]))
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.num_counted() >= self.total and not self.unfinished()
+
     def unfinished(self) -> list[Record]:
         return [record for record in self.records.values() if not record.finished]
 

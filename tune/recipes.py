@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from data.dataset import Dataset
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
@@ -23,11 +24,9 @@ def of_trial(ledger: Ledger, record: Record) -> Recipe:
     return _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
 
 
-def default_recipe(spec: SweepSpec, method: str) -> Recipe:
-    """A method at its fixed and default values, with the sweep's own seed."""
-    space = Space(dataclasses.replace(spec, method=(method,), range={}))
-    defaults, _ = space.defaults(method, spec)
-    return _recipe(spec, method, space.read(defaults)[1], seed=spec.seed, noise_seed=spec.noise_seed)
+def dataset(spec: SweepSpec) -> Dataset:
+    """What every trial of a sweep is run on, in main memory."""
+    return _recipe(spec, spec.method[0], {}, seed=spec.seed, noise_seed=spec.noise_seed).dataset()
 
 
 def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: int, noise_seed: int) -> Recipe:
@@ -51,8 +50,9 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
     spec = make_spec(flags)
     if len(spec.method) != 1:
         raise ValueError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
-    Space(spec)
-    return default_recipe(spec, spec.method[0])
+    space, method = Space(spec), spec.method[0]
+    defaults, _ = space.defaults(method, spec)
+    return _recipe(spec, method, space.read(defaults)[1], seed=spec.seed, noise_seed=spec.noise_seed)
 
 
 def from_yaml(path: Path) -> Recipe:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
+from tune.driver import driver_alive
 from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
@@ -62,9 +63,13 @@ def _params(row: Mapping[str, Any]) -> str:
 COLUMNS = ("trial", "method", "state", "val", "test", "epochs", "seconds", "parameters")
 
 
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A leaderboard row as text, in the order of ``COLUMNS``."""
-    percents = [f"{100 * row[key]:.2f}" if row[key] is not None else "-" for key in ("value", "test_accuracy")]
+    percents = [percent(row[key]) for key in ("value", "test_accuracy")]
     lead = [str(row["trial"]), row["method"], row["state"]]
     return [*lead, *percents, str(row["epochs"]), f"{row['seconds']:.1f}", _params(row)]
 
@@ -86,6 +91,8 @@ def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
 def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
     """The leaderboard and what its columns mean."""
     board = rows(ledger, runs)
+    if not driver_alive(ledger.sweep.folder):
+        board = [row | {"state": "waiting"} if row["state"] == "running" else row for row in board]
     table = text_table(COLUMNS, [cells(row) for row in board[:top]])
     more = f"\n... and {len(board) - top} more" if len(board) > top else ""
     return table + more + "\nval: noisy validation accuracy %, what the search selects on; test: clean test accuracy %"
@@ -129,7 +136,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row per retrained configuration: clean test accuracy over its seeds, in the order of the sweep's leaderboard."""
+    """One row per retrained configuration: clean test accuracy over its seeds, in the order of the sweep's leaderboard, which
+    ``rank`` is the place in. None where a mean or its error is not known."""
+    searched = Ledger(ledger.sweep, read_only=True)
+    ranks = {record.number: rank for rank, record in enumerate(searched.leaderboard(), 1)}
     groups: dict[int, list[Record]] = {}
     for record in ledger.records.values():
         if record.state is TrialState.COMPLETE:
@@ -138,15 +148,14 @@ def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
     for source, records in groups.items():
         by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] for record in records}
         known = [value for value in by_seed.values() if value is not None]
-        mean, error = mean_and_error(known) if known else (math.nan, math.nan)
         found.append(
             {
                 "source": source,
-                "rank": records[0].attrs["rank"],
+                "rank": ranks[source],
                 "method": records[0].method,
                 "seeds": len(records),
-                "test_accuracy": mean,
-                "standard_error": error,
+                "test_accuracy": statistics.fmean(known) if known else None,
+                "standard_error": mean_and_error(known)[1] if len(known) > 1 else None,
                 "by_seed": {str(seed): by_seed[seed] for seed in sorted(by_seed)},
                 "params": {name: value for name, value in records[0].params.items() if name != "method"},
             }
@@ -162,8 +171,8 @@ def retrain_text(ledger: Ledger) -> str:
             str(row["source"]),
             row["method"],
             str(row["seeds"]),
-            f"{100 * row['test_accuracy']:.2f}",
-            f"{100 * row['standard_error']:.2f}",
+            percent(row["test_accuracy"]),
+            percent(row["standard_error"]),
             _params(row),
         ]
         for row in retrain_rows(ledger)
@@ -176,8 +185,12 @@ def sweep_lines(storage: Path) -> list[str]:
     """One line per sweep in a storage folder."""
     lines = []
     for name in sweep_names(storage):
-        sweep = Sweep.find(storage, name)
-        ledger = Ledger(sweep, read_only=True)
+        try:
+            sweep = Sweep.find(storage, name)
+            ledger = Ledger(sweep, read_only=True)
+        except ValueError:
+            lines.append([name, "damaged", "", "", "", f"see: best {name}"])
+            continue
         best = ledger.best()
         value = f"{100 * best.value:.2f}" if best and best.value is not None else "-"
         num_done = ledger.count(TrialState.COMPLETE, TrialState.PRUNED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class SweepSpec:
     seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
     set: Mapping[str, str] = option({}, "a hyperparameter's fixed value, NAME=VALUE (repeatable)")
     range: Mapping[str, str] = option({}, "a hyperparameter's search range, NAME=LOW:HIGH[:log] (repeatable)")
-    cpus_per_trial: float = option(1.0, "CPU cores of a trial", "(0, inf)", execution=True)
+    cpus_per_trial: float = option(1.0, "CPU cores of a trial", "[0.0001, inf)", execution=True)
     gpus_per_trial: float = option(0.0, "GPUs of a trial, a fraction or whole ones", "[0, inf)", execution=True)
     concurrent: int = option(0, "trials at a time (default: what the machines hold)", "[0, inf)", execution=True)
     tracking: str = option("", "MLflow tracking URI (default: mlflow.db in the storage)", execution=True)
@@ -111,7 +112,9 @@ def read_field(name: str, value: object) -> Any:
     kind = {"int": int, "float": float, "str": str}[str(declared.type)]
     try:
         result = kind(str(value).strip())
-    except ValueError:
+        if kind is int:
+            float(result)  # what does not fit into a float is no number of anything
+    except (ValueError, OverflowError):
         result = None
     legal = declared.metadata["legal"]
     if result is None or (legal and not (math.isfinite(result) and result in Interval.parse(legal))):
@@ -120,12 +123,25 @@ def read_field(name: str, value: object) -> Any:
     return result
 
 
+class SpecLoader(yaml.BaseLoader):
+    """YAML whose scalars stay as they are written, ``16:32`` too, and in which a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A spec file as field values. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if content is None:  # empty, or comments only
+        return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
     for key in content:
@@ -153,8 +169,10 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
     ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known are {', '.join(sorted(known))}")
-    if spec.gpus_per_trial > 1 and spec.gpus_per_trial != int(spec.gpus_per_trial):
-        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; above 1 it must be a whole number")
+    if 0 < spec.gpus_per_trial < 0.0001 or (spec.gpus_per_trial > 1 and spec.gpus_per_trial != int(spec.gpus_per_trial)):
+        raise ValueError(
+            f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0, a fraction from 0.0001, or a whole number"
+        )
     return dataclasses.replace(spec, noise=noise, model=model)
 
 
@@ -177,9 +195,7 @@ class Sweep:
     def write(self) -> None:
         """Writes ``sweep.yaml``, whole or not at all."""
         text = yaml.safe_dump({"spec": self.spec.to_dict(), "provenance": dict(self.provenance)}, sort_keys=False)
-        temporary = self.folder / ".sweep.yaml"
-        temporary.write_text(text)
-        temporary.replace(self.folder / "sweep.yaml")
+        write_whole(self.folder / "sweep.yaml", text)
 
     @classmethod
     def find(cls, storage: Path, name: str) -> Sweep:
@@ -196,17 +212,29 @@ class Sweep:
             content = yaml.safe_load(path.read_text())
             spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
             return cls(folder, spec, content["provenance"])
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name("." + path.name)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def check_name(name: str) -> str:
-    """ValueError where ``name`` could leave the storage folder, or be a nuisance in a shell."""
+    """ValueError where ``name`` could leave the storage folder, be a nuisance in a shell, or is MLflow's there."""
     if not NAME.fullmatch(name):
         raise ValueError(f"sweep name {name!r} is not allowed; use letters, digits, '.', '_' and '-', no sign first")
+    if name == "mlartifacts" or name.startswith("mlflow.db"):
+        raise ValueError(f"sweep name {name!r} is not allowed; MLflow keeps its own files under that name")
     return name
 
 
 def sweep_names(storage: Path) -> list[str]:
     """The sweeps in a storage folder, by name."""
-    return sorted(path.parent.name for path in storage.glob("*/sweep.yaml"))
+    return sorted(path.parent.name for path in storage.glob("*/sweep.yaml") if NAME.fullmatch(path.parent.name))

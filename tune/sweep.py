@@ -4,76 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.trial import TrialState
 
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
+from tune.checks import absolute, check_resources, check_storage, check_tracking, num_gpus
 from tune.desk import Desk
 from tune.display import Display
-from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_lock
+from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
-from tune.recipes import default_recipe
+from tune.recipes import dataset as dataset_of
+from tune.report import best_config_text
 from tune.space import Space
-from tune.spec import Sweep, SweepSpec, check_name
+from tune.spec import Sweep, SweepSpec, check_name, make_spec, write_whole
 from tune.tracker import Tracker, tracking_uri
 
 ROOT = Path(__file__).resolve().parent.parent
+STALE_SECONDS = 600  # longer than any launch takes to make its folder
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
-
-
-# -- before anything is written ---------------------------------------------------------------------------------------
-
-
-def check_storage(storage: Path) -> None:
-    """ValueError where the storage folder cannot be made or written."""
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
-            pass
-    except OSError as error:
-        raise ValueError(f"storage {str(storage)!r} cannot be written: {error.strerror}") from error
-
-
-def check_resources(spec: SweepSpec) -> None:
-    """ValueError where a trial asks for more than this machine has. A cluster is asked when it is connected to."""
-    if spec.address:
-        return
-    num_cpus = os.cpu_count() or 1
-    if spec.cpus_per_trial > num_cpus:
-        raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; this machine has {num_cpus} CPUs")
-    if spec.gpus_per_trial > 0:
-        import torch
-
-        num_gpus = torch.cuda.device_count()
-        if spec.gpus_per_trial > num_gpus:
-            raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus} GPUs")
-
-
-def check_tracking(uri: str) -> None:
-    """ValueError where ``uri`` is not a tracking URI, or its server does not answer within five seconds."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(f"tracking server {uri} does not answer: {reason}") from error
-    elif not uri.startswith(("sqlite:", "postgresql", "mysql", "mssql")):
-        raise ValueError(f"--tracking: {uri!r} is not allowed; give http(s)://HOST:PORT or a database such as sqlite:///FILE")
 
 
 def _provenance(fingerprint: str) -> dict[str, Any]:
@@ -92,21 +53,33 @@ def _provenance(fingerprint: str) -> dict[str, Any]:
 # -- the verbs --------------------------------------------------------------------------------------------------------
 
 
-def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) -> int:
-    """Starts a sweep. Returns the exit code. ValueError for anything that a user can get wrong, before Ray starts."""
+class Ended(NamedTuple):
+    """How a command ended: its exit code, and what is left to say below the table."""
+
+    code: int
+    advice: str = ""
+
+
+def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) -> Ended:
+    """Starts a sweep. ValueError for anything that a user can get wrong, before Ray starts."""
     folder = storage / check_name(name)
     if folder.exists():
         raise ValueError(f"sweep {name!r} exists in {storage}; go on with: {resume_command(folder)}")
+    spec = dataclasses.replace(spec, tracking=absolute(spec.tracking))
     space = Space(spec)
     check_resources(spec)
     check_storage(storage)
-    uri = tracking_uri(storage, spec.tracking)
-    check_tracking(uri)
-    dataset = default_recipe(spec, spec.method[0]).dataset()
+    check_tracking(tracking_uri(storage, spec.tracking))
+    dataset = dataset_of(spec)
     for line in describe(spec, space, dataset):
         print(line)
     if dry_run:
-        return 0
+        return Ended(0)
+    if spec.address:
+        executor.check_cluster(spec)
+    for stale in storage.glob(f".{name}.*"):  # of a launch that was killed
+        if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(stale, ignore_errors=True)
     making = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=storage))
     try:
         making.chmod(0o755)
@@ -124,7 +97,7 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) 
             raise ValueError(f"sweep {name!r} exists in {storage}; go on with: {resume_command(folder)}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return execute(Sweep.read(folder), SWEEP)
+    return execute(Sweep.read(folder), SWEEP, resume_command(folder))
 
 
 def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
@@ -135,6 +108,8 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     sizes += f", {len(dataset.test.labels)} test (clean labels)" if dataset.test else ""
     sizes += f", {len(dataset.trusted)} trusted (clean labels)" if dataset.trusted else ""
     lines = [f"data {spec.data}: {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
+    if not spec.gpus_per_trial and not spec.address and num_gpus():
+        lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
     lines.append(f"{spec.trials} trials of {spec.epochs} epochs, ASHA rungs at {', '.join(map(str, rungs)) or 'none'}")
     left_out = {name for name, method in METHODS.items() if method.needs_trusted and not spec.trusted}
@@ -157,101 +132,132 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     return lines
 
 
-def resume(name: str, storage: Path, changes: dict[str, Any]) -> int:
+def resume(name: str, storage: Path, changes: dict[str, Any]) -> Ended:
     """Goes on with a sweep: finishes it, extends it to more trials, or reports that nothing is left to do."""
     sweep = Sweep.find(storage, name)
-    spec = dataclasses.replace(sweep.spec, **changes)
+    spec = make_spec({**vars(sweep.spec), **changes, "tracking": absolute(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
     check_storage(storage)
-    fingerprint = default_recipe(spec, spec.method[0]).dataset().fingerprint
+    fingerprint = dataset_of(spec).fingerprint
     if fingerprint != sweep.provenance["data"]:
         before = sweep.provenance["data"]
         raise ValueError(f"the data changed since {name!r} was launched: its checksum {before[:12]} is now {fingerprint[:12]}")
+    num_begun = len(Ledger(sweep, read_only=True).records)
+    if spec.trials < min(num_begun, sweep.spec.trials):
+        raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
     sweep = Sweep(sweep.folder, spec, sweep.provenance)
     if changes:
-        with driver_lock(sweep.folder):
+        with driver_lock(sweep.folder, resume_command(sweep.folder)):
             sweep.write()
     try:
         check_tracking(tracking_uri(storage, spec.tracking))
     except ValueError as error:
         print(f"warning: {error}; the runs are brought up to date when it is back", file=sys.stderr)
-    return execute(sweep, SWEEP)
+    return execute(sweep, SWEEP, resume_command(sweep.folder))
 
 
-def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> int:
+def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> Ended:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
     sweep = Sweep.find(storage, name)
     check_resources(sweep.spec)
     check_storage(storage)
-    best = [record for record in Ledger(sweep, read_only=True).leaderboard() if record.state is TrialState.COMPLETE][:top]
+    searched = Ledger(sweep, read_only=True)
+    best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
     if not best:
-        raise ValueError(f"sweep {name!r} has no complete trial yet; finish it with: {resume_command(sweep.folder)}")
-    with driver_lock(sweep.folder):
+        over = searched.count(TrialState.PRUNED) >= sweep.spec.trials
+        advice = "all were stopped or diverged" if over else f"finish it with: {resume_command(sweep.folder)}"
+        raise ValueError(f"sweep {name!r} has no complete trial; {advice}")
+    command = command_line("retrain", sweep.folder, "--top", top, "--seeds", num_seeds)
+    with driver_lock(sweep.folder, command):
         (sweep.folder / RETRAIN).mkdir(exist_ok=True)
-        enqueue_retraining(Ledger(sweep, RETRAIN, create=True), best, num_seeds)
-    return execute(sweep, RETRAIN)
+        ledger = Ledger(sweep, RETRAIN, create=True)
+        enqueue_retraining(ledger, best, num_seeds)
+    return execute(sweep, RETRAIN, command)
 
 
 def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:
-    """Adds the pairs of a configuration and a seed that a retraining lacks; ``best`` comes first in its reports."""
-    attrs = [trial.user_attrs for trial in ledger.study.get_trials(deepcopy=False)]
-    known = {(held["source"], held["seed"]) for held in attrs}
+    """Adds the pairs of a configuration and a seed that a retraining lacks; one that failed is tried again."""
+    trials = ledger.study.get_trials(deepcopy=False)
+    known = {(t.user_attrs["source"], t.user_attrs["seed"]) for t in trials if t.state is not TrialState.FAIL}
     for seed in range(num_seeds):
-        for rank, record in enumerate(best, 1):
+        for record in best:
             if (record.number, seed) not in known:
-                pair = {"source": record.number, "rank": rank, "seed": seed, "noise_draw": seed + 1}
-                ledger.enqueue(record.params, pair)
+                ledger.enqueue(record.params, {"source": record.number, "seed": seed, "noise_draw": seed + 1})
 
 
-def resume_command(folder: Path, kind: str = SWEEP) -> str:
+def command_line(verb: str, folder: Path, *flags: object) -> str:
+    """A command about the sweep in ``folder``, for a user to copy."""
+    place = [] if folder.parent == Path("runs").resolve() else ["--storage", folder.parent]
+    return shlex.join(["python", "search.py", verb, folder.name, *map(str, flags), *map(str, place)])
+
+
+def resume_command(folder: Path) -> str:
     """The command line that goes on with a sweep."""
-    verb = "resume" if kind == SWEEP else "retrain"
-    place = "" if folder.parent == Path("runs").resolve() else f" --storage {folder.parent}"
-    return f"python search.py {verb} {folder.name}{place}"
+    return command_line("resume", folder)
 
 
-def stop(name: str, storage: Path, patience: float = 30.0) -> int:
+def stop(name: str, storage: Path, patience: float = 60.0) -> int:
     """Asks the driver of a running sweep to stop, as Ctrl-C does, and waits for it."""
     folder = Sweep.find(storage, name).folder
     request = folder / STOP_REQUEST
     deadline = time.monotonic() + patience
-    asked = False
+    command = ""
     while time.monotonic() < deadline:
-        try:
-            with driver_lock(folder):
-                request.unlink(missing_ok=True)
-            print(f"stopped; go on with: {resume_command(folder)}" if asked else f"sweep {name!r} is not running")
+        if not driver_alive(folder):
+            request.unlink(missing_ok=True)
+            print(f"stopped; go on with: {command}" if command else f"sweep {name!r} is not running")
             return 0
-        except ValueError:
-            request.touch()
-            asked = True
-            time.sleep(0.3)
+        command = driver_command(folder) or resume_command(folder)
+        request.touch()
+        time.sleep(0.3)
     raise ValueError(f"sweep {name!r} did not stop within {patience:.0f} s")
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def execute(sweep: Sweep, kind: str) -> int:
-    """Runs what is left of a study. Returns 0, 1 where the sweep stopped itself, 130 or 143 where it was interrupted."""
-    with driver_lock(sweep.folder):
+def execute(sweep: Sweep, kind: str, command: str) -> Ended:
+    """Runs what is left of a study; ``command`` goes on with it. The exit code is 0, 1 where the sweep stopped itself or a
+    retraining is incomplete, 128 and the signal's number where it was interrupted."""
+    with driver_lock(sweep.folder, command):
         ledger = Ledger(sweep, kind)
-        total = sweep.spec.trials if kind == SWEEP else len(ledger.study.get_trials(deepcopy=False))
-        with Display(ledger, total) as display:
-            desk = Desk(ledger, total=total, concurrent=0, on_event=display.event)
-            tracker = Tracker(ledger, tracking_uri(sweep.storage, sweep.spec.tracking))
+        uri = tracking_uri(sweep.storage, sweep.spec.tracking)
+        with Display(ledger, ledger.total) as display:
+            desk = Desk(ledger, total=ledger.total, concurrent=0, on_event=display.event)
+            idle = ledger.spent
+            trackers = [Tracker(ledger, uri)]
+            if kind == SWEEP and (sweep.folder / RETRAIN / "metrics.jsonl").exists():  # its runs may be missing, too
+                trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
             with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(Interrupted):
-                if desk.num_counted() < total or desk.waiting:
-                    executor.run(desk, sweep.spec, interruption)
-                interruption.settle()
-                tracker.close(spent=desk.num_counted() >= total and not ledger.unfinished())
-    if tracker.problem:
-        print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)
+                try:
+                    if not idle:
+                        executor.run(desk, sweep.spec, interruption)
+                finally:
+                    interruption.settle()
+                    for tracker in trackers:
+                        tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
+        if kind == SWEEP and (best := ledger.best()):
+            write_whole(sweep.folder / "best_config.yaml", best_config_text(ledger, best))
+    for tracker in trackers:
+        if tracker.problem:
+            print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)
     if interruption.signal:
-        print(f"interrupted with {ledger.count(TrialState.RUNNING)} trials in progress; go on with:")
-        print(resume_command(sweep.folder, kind), flush=True)
-        return 128 + interruption.signal
+        num_waiting = ledger.count(TrialState.RUNNING)
+        return Ended(128 + interruption.signal, f"interrupted with {num_waiting} trials in progress; go on with:\n{command}")
     if desk.problem:
-        print(f"error: {desk.problem}; go on with: {resume_command(sweep.folder, kind)}", file=sys.stderr)
-        return 1
-    return 0
+        return Ended(1, f"error: {desk.problem}; go on with: {command}")
+    if kind == RETRAIN and (num_failed := num_missing(ledger)):
+        return Ended(1, f"error: {num_failed} runs failed and are not in the table; try them again with: {command}")
+    if kind == SWEEP and not ledger.best():
+        return Ended(0, "no trial is complete: every one was stopped, diverged or failed")
+    if kind == SWEEP and idle:
+        return Ended(0, f"nothing was left to do: {ledger.total} of {ledger.total} trials; for more: {command} --trials N")
+    return Ended(0)
+
+
+def num_missing(ledger: Ledger) -> int:
+    """Pairs of a configuration and a seed that failed and were not made up for."""
+    pairs: dict[TrialState, set[tuple[int, int]]] = {state: set() for state in TrialState}
+    for record in ledger.records.values():
+        pairs[record.state].add((record.attrs["source"], record.attrs["seed"]))
+    return len(pairs[TrialState.FAIL] - pairs[TrialState.COMPLETE] - pairs[TrialState.PRUNED])

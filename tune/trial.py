@@ -81,7 +81,8 @@ class TrialActor(Trainable):
         if 0 < self.trial["gpus"] < 1:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
-        return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"])
+        device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
+        return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"], device)
 
     def _save(self) -> None:
         try:

@@ -1,0 +1,44 @@
+"""What fits on the nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tune.executor import capacity, how_many
+from tune.spec import make_spec
+
+
+@pytest.mark.parametrize(
+    ("have", "need", "times"),
+    [(1, 0.2, 5), (1, 0.1, 10), (2, 0.1, 20), (16, 1.6, 10), (1, 0.3, 3), (3, 2, 1), (1, 0.0001, 10_000), (0, 1, 0)],
+)
+def test_fractions_are_counted_as_ray_counts_them(have: float, need: float, times: int) -> None:
+    assert how_many(have, need) == times
+
+
+NODES = [
+    {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}},
+    {"Alive": True, "Resources": {"CPU": 4.0}},
+    {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "trials"),
+    [(1, 0, 20), (2.5, 0, 7), (1, 0.2, 10), (1, 0.3, 6), (4, 0.2, 4), (1, 1, 2), (1, 2, 1), (16, 0, 1)],
+)
+def test_capacity_of_living_nodes(cpus: float, gpus: float, trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: NODES)
+    assert capacity(make_spec({"cpus_per_trial": cpus, "gpus_per_trial": gpus})) == trials
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(17, 0), (1, 3), (5, 4)])
+def test_a_trial_that_no_node_holds(cpus: float, gpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes: list[dict[str, Any]] = NODES
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    with pytest.raises(
+        ValueError, match=f"no node holds a trial of {cpus} CPUs and {gpus} GPUs; the largest have 16 CPUs and 2"
+    ):
+        capacity(make_spec({"cpus_per_trial": cpus, "gpus_per_trial": gpus}))

@@ -1,0 +1,78 @@
+"""What is asked of the machine, the storage and the tracking server before anything is written or Ray starts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tune.spec import SweepSpec
+
+PATIENCE = 5  # seconds that a server gets to answer
+DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
+
+
+def check_storage(storage: Path) -> None:
+    """ValueError where the storage folder cannot be made or written."""
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=storage):
+            pass
+    except OSError as error:
+        raise ValueError(f"storage {str(storage)!r} cannot be written: {error.strerror}") from error
+
+
+def check_resources(spec: SweepSpec) -> None:
+    """ValueError where a trial asks for more than this machine has. A cluster is asked when it is connected to."""
+    if spec.address:
+        return
+    num_cpus = os.cpu_count() or 1
+    if spec.cpus_per_trial > num_cpus:
+        raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; this machine has {num_cpus} CPUs")
+    if spec.gpus_per_trial > num_gpus():
+        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus()} GPUs")
+
+
+def num_gpus() -> int:
+    """GPUs of this machine that torch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def absolute(uri: str) -> str:
+    """A tracking URI that means the same from any working directory."""
+    path = uri.removeprefix("sqlite:///")
+    return f"sqlite:///{Path(path).resolve()}" if path != uri and path else uri
+
+
+def check_tracking(uri: str) -> None:
+    """ValueError where ``uri`` is not a tracking URI, or what it names does not answer within five seconds."""
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind in ("http", "https"):
+        try:
+            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ValueError(f"tracking server {uri} does not answer: {reason}") from error
+    elif kind == "sqlite" and uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--tracking: {uri!r} is not allowed; folder {str(folder)!r} cannot be written")
+    elif kind in DATABASES:
+        _check_database(uri, DATABASES[kind])
+    else:
+        raise ValueError(f"--tracking: {uri!r} is not allowed; give http(s)://HOST:PORT or a database such as sqlite:///FILE")
+
+
+def _check_database(uri: str, timeout: str) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        create_engine(uri, connect_args={timeout: PATIENCE}).connect().close()
+    except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error
