@@ -7,11 +7,15 @@ from typing import Any
 
 from hparams import Hyperparameter, declared, inherited
 from methods.alr import ALR
+from methods.aum import AUM
 from methods.base import Config, Method
 from methods.ce import CrossEntropy
 from methods.co_teaching import CoTeaching
+from methods.co_teaching_plus import CoTeachingPlus
 from methods.elr import EarlyLearningRegularization
 from methods.gce import GeneralizedCrossEntropy
+from methods.mw_net import MetaWeightNet
+from methods.pencil import PENCIL
 from methods.selc import SELC
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -20,7 +24,11 @@ METHODS: dict[str, type[Method[Any]]] = {
     "elr": EarlyLearningRegularization,
     "selc": SELC,
     "alr": ALR,
+    "mw-net": MetaWeightNet,
     "co-teaching": CoTeaching,
+    "co-teaching-plus": CoTeachingPlus,
+    "aum": AUM,
+    "pencil": PENCIL,
 }
 
 

@@ -41,6 +41,11 @@ class Clock:
         """True from the first epoch on whose start at least ``fraction`` of the budget is done."""
         return self.epoch >= first_epoch(fraction, self.epochs)
 
+    def since(self, fraction: float) -> float:
+        """Share that is done of what follows the first epoch at ``fraction`` of the budget, in [0, 1)."""
+        first = first_epoch(fraction, self.epochs)
+        return (self.epoch - first) / (self.epochs - first)
+
 
 def first_epoch(fraction: float, epochs: int) -> int:
     """The first epoch, counted from 0, on whose start at least ``fraction`` of ``epochs`` is done."""

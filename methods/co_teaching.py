@@ -62,22 +62,30 @@ class CoTeaching(Method[Batch]):
 
     def step(self, batch: Batch, clock: Clock) -> Step:
         images = self.task.view(self.config.augmentation)(batch.images)
-        logits = self.first(images)
+        logits, second_logits = self.first(images), self.second(images)
         smoothing = self.config.label_smoothing
         first_losses = cross_entropy(logits, batch.labels, smoothing)
-        second_losses = cross_entropy(self.second(images), batch.labels, smoothing)
-        num_kept = self.num_kept(len(batch.labels), clock)
-        first_loss = (small_losses(second_losses, num_kept) * first_losses).sum() / num_kept
-        second_loss = (small_losses(first_losses, num_kept) * second_losses).sum() / num_kept
+        second_losses = cross_entropy(second_logits, batch.labels, smoothing)
+        candidates, num_kept = self.candidates(logits, second_logits, clock)
+        first_loss = (small_losses(second_losses, num_kept, candidates) * first_losses).sum() / num_kept
+        second_loss = (small_losses(first_losses, num_kept, candidates) * second_losses).sum() / num_kept
         rate = self.learning_rate(clock)
         self.first.update(first_loss, rate)
         self.second.update(second_loss, rate)
         loss = (first_loss.detach() + second_loss.detach()) / 2
         return Step(loss, batch.index, logits.detach().softmax(dim=1))
 
+    def candidates(self, first: Tensor, second: Tensor, clock: Clock) -> tuple[Tensor | None, int | Tensor]:
+        """Which samples may be trained on, bool [B] (None: all), and how many are, given the networks' logits [B, K]."""
+        return None, self.num_kept(len(first), clock)
+
+    def forgotten(self, clock: Clock) -> float:
+        """The share R that is left out in this epoch."""
+        return self.config.forget_rate * min(1.0, (clock.epoch + 1) / (self.config.ramp * clock.epochs))
+
     def num_kept(self, num_images: int, clock: Clock) -> int:
         """How many samples of a batch are trained on in this epoch: floor((1 - R) B), at least 1."""
-        forgotten = self.config.forget_rate * min(1.0, (clock.epoch + 1) / (self.config.ramp * clock.epochs))
+        forgotten = self.forgotten(clock)
         return max(1, int(round((1 - forgotten) * num_images, 9)))
 
     def predict(self, images: Tensor) -> Tensor:
@@ -86,8 +94,13 @@ class CoTeaching(Method[Batch]):
         return probabilities
 
 
-def small_losses(losses: Tensor, num_kept: int) -> Tensor:
-    """1 for the ``num_kept`` smallest of losses [B], 0 for the others, [B]; of equal losses the earlier is kept."""
+def small_losses(losses: Tensor, num_kept: int | Tensor, candidates: Tensor | None = None) -> Tensor:
+    """1 for the ``num_kept`` smallest of losses [B] among ``candidates``, bool [B], 0 for the others, [B].
+
+    Of equal losses the earlier is kept. The candidates, all if None, must be at least ``num_kept``.
+    """
     losses = losses.detach()
-    order = losses.argsort(stable=True)
-    return torch.zeros_like(losses).index_fill_(0, order[:num_kept], 1.0)
+    ranked = losses if candidates is None else losses.masked_fill(~candidates, torch.inf)
+    order = ranked.argsort(stable=True)
+    kept = torch.arange(len(losses), device=losses.device) < num_kept
+    return torch.zeros_like(losses).scatter(0, order, kept.to(losses))

@@ -1,0 +1,135 @@
+"""PENCIL: label distributions that are learnt along with the network, and then trained on.
+
+Yi & Wu, "Probabilistic End-to-end Noise Correction for Learning with Noisy Labels", CVPR 2019. Each sample has label logits l,
+10 onehot(y) at the start, and t = softmax(l). Stage 1: cross-entropy on the given labels at a constant, high learning rate.
+Stage 2, at the same: with p the prediction, L = KL(p || t) / K + alpha L_o + beta H(p) / K, where L_o = -log t_y holds the
+labels and has no gradient in the network. The network descends the mean of L, and the label logits of the batch step by lambda
+along theirs, l <- l - lambda / (B K) [(t - p) + alpha K (t - onehot(y))], with the same p. Stage 3: labels are frozen, the loss
+is KL(p || t) / K, the learning rate ``final_lr``, ``final_lr`` / 10 and ``final_lr`` / 100 for a third of the stage each.
+
+Differs from the paper: lambda is declared as ``label_steps``, the sum of lambda / (B K) over stage 2, so that labels move as
+far at other batch sizes, numbers of classes and budgets; alpha and beta are those that another group found to work with L_o as
+the paper writes it (the published 0.1 to 0.4 hold the labels fast: with alpha K = 1, t stays half onehot(y)).
+Differs from the official code: with ``compatibility`` paper (the default) L_o is -log t_y; with official it is, as there, a
+cross-entropy that takes t for logits, whose gradient is far weaker: J (softmax(t) - onehot(y)) with J = diag(t) - t t^T, for
+which alpha was published. The last learning rates are not rounded down to 0, K is not always 10, and rows are updated in place.
+State: l, float32 [N, K]: 4 K bytes per sample.
+
+Where the losses of stages 2 and 3 carry 1 / K, cross-entropy does not: gradients shrink at the switch, and with them what a
+learning rate does beside the same weight decay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from data.table import Batch
+from hparams import hyperparameter
+from losses import cross_entropy, entropy, reverse_divergence
+from methods.base import Clock, Config, SingleNet, Task, first_epoch
+
+CONFIDENCE = 10.0  # label logit of the given class at the start
+DROP = 10.0  # the final learning rate is divided by it after each third of the last stage
+THIRDS = 3
+
+
+@dataclass(frozen=True)
+class PENCILConfig(Config):
+    """The published stages: 70, 130 and 120 of 320 epochs. lambda 600 at batch 128 with 10 classes is 61 in 130 epochs."""
+
+    warmup: float = hyperparameter(
+        0.21875,
+        "fraction of the budget trained on the given labels (stage 1)",
+        legal="[0, 1)",
+        search=(0.1, 0.35),
+    )
+    refinement: float = hyperparameter(
+        0.40625,
+        "fraction of the budget, after the first stage, in which labels are learnt (stage 2); the rest is stage 3",
+        legal="[0, 1]",
+        search=(0.2, 0.5),
+    )
+    label_steps: float = hyperparameter(
+        61.0,
+        "how far label logits can move in stage 2: the sum of lambda / (B K) over its epochs",
+        legal="[0, inf)",
+        search=(10.0, 400.0),
+        log=True,
+    )
+    alpha: float = hyperparameter(
+        0.01, "weight of what holds the labels to the given ones", legal="[0, inf)", search=(0.001, 0.1), log=True
+    )
+    beta: float = hyperparameter(
+        0.1, "weight of the entropy of the prediction in stage 2", legal="[0, inf)", search=(0.05, 0.8), log=True
+    )
+    final_lr: float = hyperparameter(
+        0.2, "learning rate at the start of stage 3", legal="(0, inf)", search=(0.02, 0.5), log=True
+    )
+    compatibility: str = hyperparameter(
+        "paper", "what holds the labels: -log t_y, or the official code's weaker form of it", choices=("paper", "official")
+    )
+
+    def begins(self) -> float:
+        """The end of the first stage."""
+        return self.warmup
+
+
+class PENCIL(SingleNet):
+    """Given labels, then labels and network together, then the labels that were found."""
+
+    Config = PENCILConfig
+    config: PENCILConfig
+    summary = "label distributions, learnt by gradient along with the network, replace the labels (Yi & Wu 2019)"
+    label_logits: Tensor
+
+    def __init__(self, config: PENCILConfig, task: Task) -> None:
+        super().__init__(config, task)
+        self.register_buffer("label_logits", CONFIDENCE * one_hot(task.labels, task.num_classes).float())
+
+    def losses(self, logits: Tensor, batch: Batch, clock: Clock) -> Tensor:
+        if not clock.has_begun(self.config.begins()):
+            return cross_entropy(logits, batch.labels)
+        K = self.task.num_classes
+        rows = self.label_logits[batch.index]
+        losses = reverse_divergence(logits, rows) / K
+        if clock.has_begun(self.labels_final()):
+            return losses
+        gradient = label_gradient(rows, logits.detach(), batch.labels, self.config.alpha, self.config.compatibility)
+        self.label_logits[batch.index] = rows - self.label_rate(clock) * gradient
+        return losses + self.config.beta * entropy(logits) / K
+
+    def labels_final(self) -> float:
+        """The fraction of the budget at which labels are frozen and stage 3 starts."""
+        return self.config.warmup + self.config.refinement
+
+    def label_rate(self, clock: Clock) -> float:
+        """lambda / (B K): ``label_steps`` over the number of epochs of stage 2, each of which visits a sample once."""
+        last = min(first_epoch(self.labels_final(), clock.epochs), clock.epochs)
+        return self.config.label_steps / (last - first_epoch(self.config.begins(), clock.epochs))
+
+    def learning_rate(self, clock: Clock) -> float:
+        """Constant until the labels are final, then a tenth of what it was after each third."""
+        if not clock.has_begun(self.labels_final()):
+            return self.config.lr
+        return self.config.final_lr / DROP ** int(round(THIRDS * clock.since(self.labels_final()), 9))
+
+    def refined_labels(self) -> Tensor:
+        return self.label_logits.softmax(dim=1)
+
+
+def label_gradient(label_logits: Tensor, logits: Tensor, labels: Tensor, alpha: float, compatibility: str) -> Tensor:
+    """K times the gradient of KL(p || t) / K + alpha L_o per sample in its label logits: all [B, K], labels int64 [B].
+
+    L_o is -log t_y (``paper``), or the cross-entropy of t taken for logits (``official``). Rows sum to 0.
+    """
+    K = label_logits.shape[1]
+    t, given = label_logits.softmax(dim=1), one_hot(labels, K)
+    if compatibility == "paper":
+        hold = t - given
+    else:
+        twice = t.softmax(dim=1) - given
+        hold = t * (twice - (t * twice).sum(dim=1, keepdim=True))
+    return (t - logits.softmax(dim=1)) + alpha * K * hold
