@@ -8,9 +8,9 @@ flagged if more than 1 - ``percentile`` of them have a larger area, and removed 
 it. The probes train at a constant learning rate on cross-entropy, each for the fraction ``probe`` of the budget; the final run
 starts anew and trains on the samples that are left.
 
-Differs from the paper: one trial holds all three runs, so that it costs what other trials cost, in the paper's proportions
-(150, 150 and 300 epochs); all have one batch size (paper: 64 for the probes, 256 for the final run) and one learning rate, which
-in the final run falls along half a cosine over its own part of the budget. If less than two samples were left, none is removed.
+Differs from the paper: one trial holds all three runs, so that it costs what others cost, in the paper's proportions of 150,
+150 and 300 epochs; all have one batch size (paper: 64 for the probes, 256 for the final run) and one learning rate, which falls
+along half a cosine over the final run alone. If less than two samples were left, none is removed.
 Differs from the official code: removed samples are in no batch (there they weigh 0, but normalise the batch); floor(N / K)
 threshold samples there; its first epoch is left out of the area; margins are float32, not float16.
 State: three networks and their optimisers; sum and number of the margins of two probes, float32, and which probe a sample is a

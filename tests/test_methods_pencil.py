@@ -1,0 +1,295 @@
+"""PENCIL against its equations: the label gradient, the stages, and what each of them leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from data.seeds import generator
+from losses import reverse_divergence
+from methods.base import Clock, first_epoch
+from methods.pencil import PENCIL, PENCILConfig, label_gradient
+from tests.mutation import Mutation
+from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, tiny_data, tiny_task, train
+from tests.test_methods_identities import given_one_hot, net_state, one_step_gradient
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+STAGE_2, STAGE_3 = 2, 4  # the first epochs of these stages, of 6
+WEIGHTS = {"alpha": 0.3, "beta": 0.7, "label_steps": 4.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pencil(**values: float | str) -> PENCIL:
+    return make("pencil", tiny_task(tiny_data()), **values)
+
+
+def randomised(method: PENCIL) -> PENCIL:
+    """With label logits that differ from row to row."""
+    method.label_logits.copy_(3 * torch.randn(N, K, generator=generator("label logits")))
+    return method
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Label logits and logits [B, K], float64, and labels [B]."""
+    stream = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = (draw(st.integers(1, 5)), draw(st.integers(2, 12)))
+    rows, logits = (draw(st.floats(0.1, 5.0)) * torch.randn(shape, generator=stream, dtype=torch.float64) for _ in range(2))
+    return rows, logits, torch.randint(shape[1], shape[:1], generator=stream)
+
+
+# The loss
+
+
+@few
+@given(cases())
+def test_reverse_divergence_is_torchs_divergence_with_the_prediction_as_target(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    rows, logits, _ = case
+    expected = functional.kl_div(rows.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+    torch.testing.assert_close(reverse_divergence(logits, rows), expected)
+    torch.testing.assert_close(reverse_divergence(rows + 2, rows), torch.zeros(len(rows), dtype=torch.float64))
+
+
+@few
+@given(cases())
+def test_gradient_of_the_reverse_divergence_in_closed_form(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    rows, logits, _ = case
+    logits.requires_grad_()
+    (found,) = torch.autograd.grad(reverse_divergence(logits, rows).sum(), logits)
+    p, log_ratio = logits.detach().softmax(1), logits.detach().log_softmax(1) - rows.log_softmax(1)
+    torch.testing.assert_close(found, p * (log_ratio - (p * log_ratio).sum(1, keepdim=True)))
+
+
+def test_reverse_divergence_is_finite_at_extreme_logits() -> None:
+    logits = torch.tensor([[500.0, -500.0], [-500.0, 500.0]], requires_grad=True)
+    loss = reverse_divergence(logits, torch.tensor([[-500.0, 500.0], [0.0, 1.0]]))
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([1000.0, 0.313262]))
+    assert bool(logits.grad.isfinite().all())
+
+
+# The label gradient
+
+
+@few
+@given(cases(), st.floats(0, 2), st.sampled_from(["paper", "official"]))
+def test_label_gradient_in_closed_form(case: tuple[Tensor, Tensor, Tensor], alpha: float, compatibility: str) -> None:
+    rows, logits, labels = case
+    rows.requires_grad_()
+    num_classes = rows.shape[1]
+    held = rows.log_softmax(1) if compatibility == "paper" else rows.softmax(1).log_softmax(1)
+    hold = functional.nll_loss(held, labels, reduction="sum")
+    loss = reverse_divergence(logits, rows).sum() / num_classes + alpha * hold
+    (expected,) = torch.autograd.grad(loss, rows)
+    found = label_gradient(rows.detach(), logits, labels, alpha, compatibility)
+    torch.testing.assert_close(found / num_classes, expected)
+    torch.testing.assert_close(found.sum(1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_the_official_form_holds_labels_far_less() -> None:
+    rows, labels = 10 * functional.one_hot(torch.tensor([0]), 10).double(), torch.tensor([3])
+    logits = rows.clone()
+    paper, official = (label_gradient(rows, logits, labels, 0.1, form) for form in ("paper", "official"))
+    assert paper.norm() > 100 * official.norm()
+
+
+@few
+@given(cases(), st.floats(0.05, 1.95))
+def test_with_a_fixed_prediction_labels_approach_it_step_by_step(case: tuple[Tensor, Tensor, Tensor], rate: float) -> None:
+    rows, logits, labels = case
+    before = reverse_divergence(logits, rows)
+    for _ in range(20):
+        rows = rows - rate * label_gradient(rows, logits, labels, 0.0, "paper")
+        after = reverse_divergence(logits, rows)
+        assert bool((after <= before + 1e-12).all())
+        before = after
+
+
+def test_at_the_prediction_and_without_weights_nothing_moves() -> None:
+    logits = torch.randn(5, K, dtype=torch.float64, generator=generator("rest"), requires_grad=True)
+    (found,) = torch.autograd.grad(reverse_divergence(logits, logits.detach() + 3).sum(), logits)
+    torch.testing.assert_close(found, torch.zeros_like(found))
+    labels = torch.zeros(5, dtype=torch.int64)
+    rest = label_gradient(logits.detach() + 3, logits.detach(), labels, 0.0, "paper")
+    torch.testing.assert_close(rest, torch.zeros_like(rest))
+
+
+# The stages
+
+
+def test_published_defaults() -> None:
+    """70, 130 and 120 of 320 epochs, lambda 600 at batch 128 and 10 classes, and the weights for the form of the paper."""
+    config = PENCILConfig()
+    method = PENCIL(config, tiny_task(tiny_data()))
+    assert config.begins() * 320 == 70
+    assert method.labels_final() * 320 == 200
+    assert method.label_rate(Clock(70, 320)) == pytest.approx(600 / 1280, rel=0.002)
+    assert (config.alpha, config.beta, config.final_lr, config.compatibility) == (0.01, 0.1, 0.2, "paper")
+    ten_classes = functional.one_hot(torch.tensor([3]), 10).float() * method.label_logits.max()
+    assert ten_classes.softmax(1)[0, 3].item() == pytest.approx(0.9996, abs=5e-5)
+
+
+def test_the_learning_rate_is_constant_and_then_falls_by_ten_in_thirds() -> None:
+    method = pencil(lr=0.06)
+    rates = {epoch: method.learning_rate(Clock(epoch, 320)) for epoch in (0, 69, 70, 199, 200, 239, 240, 279, 280, 319)}
+    assert rates == pytest.approx(
+        {0: 0.06, 69: 0.06, 70: 0.06, 199: 0.06, 200: 0.2, 239: 0.2, 240: 0.02, 279: 0.02, 280: 0.002, 319: 0.002}
+    )
+    short = [method.learning_rate(Clock(epoch, 30)) for epoch in range(18, 30)]
+    assert short == pytest.approx([0.06] + 4 * [0.2] + 4 * [0.02] + 3 * [0.002])
+
+
+@pytest.mark.parametrize("values", [{}, {"warmup": 0.0}, {"refinement": 0.9}, {"warmup": 0.33, "refinement": 0.37}])
+@pytest.mark.parametrize("epochs", [5, 30, 320])
+def test_labels_can_move_as_far_at_every_budget(values: dict[str, float], epochs: int) -> None:
+    method = pencil(**values)
+    clocks = [Clock(epoch, epochs) for epoch in range(epochs)]
+    stage = [
+        clock for clock in clocks if clock.has_begun(method.config.begins()) and not clock.has_begun(method.labels_final())
+    ]
+    assert sum(method.label_rate(clock) for clock in stage) == pytest.approx(method.config.label_steps)
+
+
+def test_stage_1_is_cross_entropy_at_a_constant_rate_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_data()
+    ours, ce = pencil(), make("ce", tiny_task(data))
+    monkeypatch.setattr(type(ce), "learning_rate", lambda self, clock: self.config.lr)
+    for method in (ours, ce):
+        finish(method, data, 0, STAGE_2)
+    assert differences(net_state(ours), net_state(ce)) == []
+    assert torch.equal(ours.label_logits, 10 * given_one_hot())
+    for method in (ours, ce):
+        finish(method, data, STAGE_2, STAGE_2 + 1)
+    assert differences(net_state(ours), net_state(ce)) != []
+
+
+def test_labels_move_in_stage_2_alone_and_their_sums_never() -> None:
+    data, method = tiny_data(), pencil()
+    for epoch in range(EPOCHS):
+        before = method.label_logits.clone()
+        finish(method, data, epoch, epoch + 1)
+        moved = (method.label_logits != before).any(dim=1)
+        assert bool(moved.all()) if STAGE_2 <= epoch < STAGE_3 else not bool(moved.any())
+        torch.testing.assert_close(method.label_logits.sum(1), torch.full((N,), 10.0), rtol=0, atol=1e-4)
+
+
+def test_labels_without_steps_never_move() -> None:
+    method = pencil(label_steps=0.0)
+    finish(method, tiny_data())
+    assert torch.equal(method.label_logits, 10 * given_one_hot())
+
+
+def test_labels_that_are_held_without_limit_stay_the_given_ones() -> None:
+    data = tiny_data()
+    wrong = data.labels.roll(1)
+    held, free = (make("pencil", tiny_task(type(data)(data.images, wrong)), alpha=alpha, lr=0.1) for alpha in (1e4, 0.0))
+    for method in (held, free):
+        finish(method, type(data)(data.images, wrong), 0, STAGE_3)
+    assert torch.equal(held.refined_labels().argmax(1), wrong)
+    assert not torch.equal(free.refined_labels().argmax(1), wrong)
+
+
+@pytest.mark.parametrize("compatibility", ["paper", "official"])
+def test_stage_2_steps_labels_along_their_gradient_with_the_same_prediction(compatibility: str) -> None:
+    method = randomised(pencil(compatibility=compatibility, **WEIGHTS))
+    before = method.label_logits.clone()
+    _, step, batch = one_step_gradient(method, Clock(STAGE_2, EPOCHS))
+    rows = before[batch.index].requires_grad_()
+    t, p = rows.softmax(1), step.probabilities
+    held = t.log() if compatibility == "paper" else t.log_softmax(1)
+    hold = -held.gather(1, batch.labels.unsqueeze(1)).sum()
+    loss = (p * (p.log() - t.log())).sum() / (BATCH * K) + WEIGHTS["alpha"] * hold / BATCH
+    (gradient,) = torch.autograd.grad(loss, rows)
+    step_length = WEIGHTS["label_steps"] / (STAGE_3 - STAGE_2) * BATCH * K  # lambda
+    torch.testing.assert_close(method.label_logits[batch.index], (rows - step_length * gradient).detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(method.label_logits[BATCH:], before[BATCH:]), "rows outside the batch stay"
+
+
+@pytest.mark.parametrize(("epoch", "beta"), [(STAGE_2, 0.7), (STAGE_3, 0.0)])
+def test_the_network_steps_along_its_gradient_with_the_labels_from_before(epoch: int, beta: float) -> None:
+    """(1 / B K) [p (log p - log t - KL) - beta p (log p + H)] in the logits; in stage 3 without the entropy."""
+    method = randomised(pencil(**WEIGHTS))
+    t = method.label_logits.softmax(1)
+    found, step, batch = one_step_gradient(method, Clock(epoch, EPOCHS))
+    p, t = step.probabilities, t[batch.index]
+    log_ratio, h = p.log() - t.log(), -(p * p.log()).sum(1, keepdim=True)
+    divergence = (p * log_ratio).sum(1, keepdim=True)
+    expected = p * (log_ratio - divergence) - beta * p * (p.log() + h)
+    torch.testing.assert_close(BATCH * K * found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step.loss, (divergence + beta * h).mean() / K)
+
+
+def test_refined_labels_are_the_softmax_of_the_label_logits() -> None:
+    method = randomised(pencil())
+    expected = method.label_logits.exp() / method.label_logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(method.refined_labels(), expected)
+
+
+def test_a_sample_that_is_not_visited_keeps_its_label() -> None:
+    method = pencil()
+    finish(method, InOrder.of(tiny_data(), [torch.arange(8), torch.arange(8, 16)]))
+    assert bool((method.label_logits[:16] != 10 * given_one_hot()[:16]).any(dim=1).all())
+    assert torch.equal(method.label_logits[16:], 10 * given_one_hot()[16:])
+
+
+def test_without_a_third_stage_labels_are_learnt_to_the_end() -> None:
+    method = pencil(warmup=0.5, refinement=1.0)
+    before = None
+    for clock, _ in train(method, tiny_data()):
+        assert method.learning_rate(clock) == method.config.lr
+        if clock.epoch == EPOCHS - 2:
+            before = method.label_logits.clone()
+    assert before is not None
+    assert bool((method.label_logits != before).any(dim=1).all())
+    assert first_epoch(method.labels_final(), EPOCHS) > EPOCHS
+
+
+# Constants: the test that notices when one is changed by a tenth
+
+HERE = "tests/test_methods_pencil.py::"
+PUBLISHED = HERE + "test_published_defaults"
+LABEL_STEP = HERE + "test_stage_2_steps_labels_along_their_gradient_with_the_same_prediction[paper]"
+NETWORK_STEP = HERE + "test_the_network_steps_along_its_gradient_with_the_labels_from_before"
+RATES = HERE + "test_the_learning_rate_is_constant_and_then_falls_by_ten_in_thirds"
+
+MUTATIONS = [
+    Mutation("methods/pencil.py", "CONFIDENCE = 10.0", "CONFIDENCE = 11.0", PUBLISHED),
+    Mutation("methods/pencil.py", "DROP = 10.0", "DROP = 11.0", RATES),
+    Mutation("methods/pencil.py", "THIRDS = 3", "THIRDS = 3.3", RATES),
+    Mutation("methods/pencil.py", "        0.21875,", "        0.240625,", PUBLISHED),
+    Mutation("methods/pencil.py", "        0.40625,", "        0.446875,", PUBLISHED),
+    Mutation("methods/pencil.py", "        61.0,", "        67.1,", PUBLISHED),
+    Mutation("methods/pencil.py", "        0.01, ", "        0.011, ", PUBLISHED),
+    Mutation("methods/pencil.py", "        0.1, ", "        0.11, ", PUBLISHED),
+    Mutation("methods/pencil.py", "        0.2, ", "        0.22, ", PUBLISHED),
+    Mutation("methods/pencil.py", "rows) / K", "rows) / (1.1 * K)", NETWORK_STEP + "[4-0.0]"),
+    Mutation("methods/pencil.py", "entropy(logits) / K", "entropy(logits) / (1.1 * K)", NETWORK_STEP + "[2-0.7]"),
+    Mutation("methods/pencil.py", "rows - self.label_rate", "rows - 1.1 * self.label_rate", LABEL_STEP),
+    Mutation("methods/pencil.py", "+ alpha * K * hold", "+ 1.1 * alpha * K * hold", LABEL_STEP),
+    Mutation("methods/pencil.py", "return (t - logits", "return (1.1 * t - logits", LABEL_STEP),
+    Mutation("methods/pencil.py", "hold = t - given", "hold = 1.1 * t - given", LABEL_STEP),
+    Mutation(
+        "methods/pencil.py", "softmax(dim=1) - given", "softmax(dim=1) - 1.1 * given", LABEL_STEP.replace("paper", "official")
+    ),
+    Mutation("methods/pencil.py", "hold = t * (twice", "hold = 1.1 * t * (twice", LABEL_STEP.replace("paper", "official")),
+    Mutation(
+        "losses/reverse_divergence.py",
+        "(log_p - log",
+        "(1.1 * log_p - log",
+        HERE + "test_reverse_divergence_is_torchs_divergence_with_the_prediction_as_target",
+    ),
+]
