@@ -49,7 +49,7 @@ class AUMConfig(GivenLabelsConfig):
         0.99,
         "quantile of the threshold samples' areas that a sample must reach to stay; lower removes less",
         legal="(0, 1)",
-        search=(0.5, 0.999),
+        search=(0.9, 0.999),
     )
 
     def begins(self) -> float:
@@ -126,7 +126,7 @@ class AUM(Method[Batch]):
     def kept(self) -> Tensor:
         """bool [N]: the samples that a probe judged and did not flag, or that none judged; all if hardly any is left."""
         seen = self.visits > 0
-        areas = self.margins / self.visits.clamp(min=1)
+        areas = self.margins / self.visits  # not a number where never seen, and not asked for there
         judged, clean = torch.zeros_like(seen), torch.zeros_like(seen)
         for probe in range(PROBES):
             of_threshold = (self.threshold == probe) & seen[:, probe]

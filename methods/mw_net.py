@@ -14,10 +14,10 @@ forward pass); no copy of the network is made. As in its later script weights ar
 ``normalise`` divides by their sum, as its earlier one does. Clean samples have to be trusted: its loss on them is not robust.
 State: two networks and their optimisers; nothing per sample.
 
-The gradient in Theta is that of torch, exact: it goes back through the virtual step to the weights and on. A finite difference
-along grad Meta would cost two forward passes less memory, but drowns in the rounding of TF32, torch's default for convolutions,
-and of bfloat16; forward mode brings seconds of imports to every worker; both would have to replay dropout. Virtual and clean
-pass work on copies of the buffers, so batch normalisation's running statistics come from the training batches alone.
+The gradient in Theta is exact: torch goes back through the virtual step to the weights, whose gradient there is the form above.
+Of the ways to s without that, finite differences are at the mercy of rounding (bfloat16, TF32 convolutions), and forward mode
+brings seconds of imports to every worker; both would have to replay dropout. Virtual and clean pass work on copies of the
+buffers: batch normalisation's running statistics come from the training batches alone.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task
 
 @dataclass(frozen=True)
 class MWNetConfig(GivenLabelsConfig):
-    """The published defaults, for about 60,000 steps; a short trial takes fewer, and its weights learn faster or not at all."""
+    """The published defaults, for about 60,000 steps. A trial of few steps needs a higher ``weight_lr``, but from about 0.05 on
+    all weights can shrink to 0 at once, and nothing is learnt any more."""
 
     hidden: int = hyperparameter(100, "hidden units of the network that weighs", legal="[1, inf)")
     weight_lr: float = hyperparameter(
-        1e-3, "learning rate of the network that weighs (Adam)", legal="[0, inf)", search=(1e-4, 0.1), log=True
+        1e-3, "learning rate of the network that weighs (Adam)", legal="[0, inf)", search=(1e-4, 0.03), log=True
     )
     weight_net_decay: float = hyperparameter(1e-4, "L2 penalty, coupled, on the network that weighs", legal="[0, inf)")
     normalise: bool = hyperparameter(False, "divide a batch's weights by their sum instead of by its size")

@@ -25,7 +25,9 @@ def first_losses(method: str) -> dict[str, list[float]]:
     """Losses of the first steps on digits, at the start of the budget and at its middle, where each method proper runs."""
     found = {}
     for name, epoch in (("start", 0), ("middle", 15)):
-        experiment = Experiment(Recipe(method, {"batch_size": 64}, "digits", "symmetric:0.4", "small-cnn", 30, seed=0))
+        trusted = 50 if METHODS[method].needs_trusted else 0
+        recipe = Recipe(method, {"batch_size": 64}, "digits", "symmetric:0.4", "small-cnn", 30, seed=0, trusted=trusted)
+        experiment = Experiment(recipe)
         learner, clock = experiment.method, Clock(epoch, 30)
         torch.manual_seed(derive("epoch", 0, epoch))
         learner.train()
