@@ -1,5 +1,5 @@
 """Generalised cross-entropy (Zhang & Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
-Labels", NeurIPS 2018)."""
+Labels", NeurIPS 2018), plain and truncated."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tenso
     stays finite where p_y underflows, without a clamp. q = 1 is 1 - p_y.
     """
     return -torch.expm1(q * label_log_probability(logits, labels)) / q
+
+
+def truncated_generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float, threshold: float, kept: Tensor) -> Tensor:
+    """Generalised cross-entropy where ``kept``, bool [B], and its value at p_y = ``threshold`` elsewhere, without gradient.
+
+    Logits [B, K], labels int64 [B], q > 0, ``threshold`` in [0, 1) -> [B]. With kept = (p_y > threshold) it is continuous.
+    """
+    losses = generalized_cross_entropy(logits, labels, q)
+    return torch.where(kept, losses, (1 - threshold**q) / q)

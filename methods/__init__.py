@@ -9,18 +9,33 @@ from hparams import Hyperparameter, declared, inherited
 from methods.alr import ALR
 from methods.aum import AUM
 from methods.base import Config, Method
-from methods.ce import CrossEntropy
+from methods.ce import CrossEntropy, LabelSmoothing
 from methods.co_teaching import CoTeaching
 from methods.co_teaching_plus import CoTeachingPlus
+from methods.dal import DynamicsAwareLoss
 from methods.elr import EarlyLearningRegularization
 from methods.gce import GeneralizedCrossEntropy
+from methods.mae import MeanAbsoluteError
+from methods.mixup import Mixup
 from methods.mw_net import MetaWeightNet
+from methods.nce_rce import NormalizedAndReverseCrossEntropy
 from methods.pencil import PENCIL
+from methods.sce import SymmetricCrossEntropy
 from methods.selc import SELC
+from methods.sr import SparseRegularization
+from methods.truncated_gce import TruncatedGeneralizedCrossEntropy
 
 METHODS: dict[str, type[Method[Any]]] = {
     "ce": CrossEntropy,
+    "mae": MeanAbsoluteError,
     "gce": GeneralizedCrossEntropy,
+    "truncated-gce": TruncatedGeneralizedCrossEntropy,
+    "sce": SymmetricCrossEntropy,
+    "nce-rce": NormalizedAndReverseCrossEntropy,
+    "dal": DynamicsAwareLoss,
+    "label-smoothing": LabelSmoothing,
+    "mixup": Mixup,
+    "sr": SparseRegularization,
     "elr": EarlyLearningRegularization,
     "selc": SELC,
     "alr": ALR,

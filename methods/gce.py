@@ -2,8 +2,8 @@
 
 Zhang & Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS 2018.
 
-Differs from the paper: the plain loss only, not the truncated one (which prunes samples with a best checkpoint); the
-schedule is this project's (SGD, half a cosine).
+Differs from the paper: the plain loss only (the truncated one is a method of its own); the schedule is this project's (SGD,
+half a cosine).
 Differs from the official code: none was published. Unlike the common re-implementations the power is taken of log p_y, so
 nothing is clamped and the gradient stays finite where p_y underflows.
 State: the network and its optimiser; nothing per sample.
