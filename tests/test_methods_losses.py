@@ -606,6 +606,27 @@ def test_sr_predicts_with_the_logits_as_they_are() -> None:
 # All
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("mae", {}, 2 * 0.75),
+        ("sce", {}, 0.1 * math.log(4) + 4 * 0.75),
+        ("sce", {"alpha": 2.0, "beta": 0.5, "log_zero": -9.0}, 2 * math.log(4) + 0.5 * 9 * 0.75),
+        ("nce-rce", {}, 2 / (1 + 2 + 3 + 3) + 4 * 0.75),
+        ("dal", {}, (1 - 2**-2.8) / 1.4 + 0.8 * 0.875 / 1.4),  # q = 1.4, w = 0.8, H = 1.75 bits of 2
+        ("dal", {"bootstrap": "hard"}, (1 - 2**-2.8) / 1.4 + 0.8 * 0.5 / 1.4),
+        ("label-smoothing", {}, 0.9 * 2 * math.log(2) + 0.025 * (1 + 2 + 3 + 3) * math.log(2)),
+        ("truncated-gce", {"q": 0.5}, (1 - 0.5) / 0.5),
+        # p = (16, 4, 1, 1) / 22 and w = 4^(9/4 8/9) = 16
+        ("sr", {"normalized": False, "exponent": 0.5, "strength": 1.0, "growth": 4.0**2.25}, math.log(5.5) + 16 * 8 / 22**0.5),
+    ],
+)
+def test_a_prediction_worked_by_hand(name: str, values: dict[str, Any], expected: float) -> None:
+    """p = (1/2, 1/4, 1/8, 1/8) and the second class given, at 8/9 of the budget."""
+    logits = -math.log(2) * torch.tensor([[1.0, 2.0, 3.0, 3.0]])
+    assert losses_of(name, logits, torch.tensor([1]), Clock(8, 9), **values).item() == pytest.approx(expected, rel=1e-5)
+
+
 NEW: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "absolute error": absolute_error,
     "truncated": lambda z, y: truncated_generalized_cross_entropy(z, y, 0.7, 0.5, torch.ones_like(y, dtype=torch.bool)),
@@ -644,19 +665,16 @@ def test_extreme_logits_of_any_precision_give_finite_float32_and_leave_their_inp
 # Constants: the test that notices when one is changed by a tenth
 
 HERE = "tests/test_methods_losses.py::"
+BY_HAND = HERE + "test_a_prediction_worked_by_hand"
 DEFAULTS = HERE + "test_published_defaults"
 FLOOR = HERE + "test_label_smoothing_has_a_floor"
-L1 = HERE + "test_mae_at_the_papers_scale_is_the_l1_distance"
 PRUNING = HERE + "test_pruning_epochs_are_the_published_ones_and_stretch_with_the_budget"
 SHEET = HERE + "test_a_pruned_sample_costs_what_the_sheet_says"
 REVERSE = HERE + "test_reverse_cross_entropy_with_the_codes_clip"
-SCE = HERE + "test_sce_between_cross_entropy_and_absolute_error"
-DAL_LOSS = HERE + "test_dynamics_aware_loss_is_its_formula"
 DAL_SCHEDULE = HERE + "test_dal_schedule_of_150_epochs"
 DAL_GUARDS = HERE + "test_dal_where_q_does_not_rise_through_one"
 MIXED = HERE + "test_mixup_steps_on_mixed_images_with_mixed_labels[0.0]"
 SHARE = HERE + "test_the_share_has_the_moments_of_the_beta_distribution[1.0]"
-SR = HERE + "test_sr_is_its_formula"
 GROWTH = HERE + "test_the_weight_of_the_norm_grows_as_published"
 UNIFORM = HERE + "test_normalized_cross_entropy_of_a_uniform_prediction[10]"
 
@@ -664,8 +682,8 @@ MUTATIONS = [
     Mutation("methods/ce.py", "        0.1,", "        0.11,", FLOOR),
     Mutation("losses/cross_entropy.py", "(1 - smoothing) *", "(1.1 - smoothing) *", FLOOR),
     Mutation("losses/cross_entropy.py", "given - smoothing", "given - 1.1 * smoothing", FLOOR),
-    Mutation("methods/mae.py", "        2.0,", "        2.2,", L1),
-    Mutation("methods/mae.py", "return self.config.scale", "return 1.1 * self.config.scale", L1),
+    Mutation("methods/mae.py", "        2.0,", "        2.2,", BY_HAND),
+    Mutation("methods/mae.py", "return self.config.scale", "return 1.1 * self.config.scale", BY_HAND),
     Mutation("losses/reverse_cross_entropy.py", "labels, 1.0)", "labels, 1.1)", REVERSE),
     Mutation("losses/reverse_cross_entropy.py", "return -log_zero", "return -1.1 * log_zero", REVERSE),
     Mutation("losses/generalized_cross_entropy.py", "(1 - threshold**q)", "(1.1 - threshold**q)", SHEET),
@@ -680,8 +698,8 @@ MUTATIONS = [
     Mutation("methods/sce.py", "        0.1,", "        0.11,", DEFAULTS + "[sce-published2]"),
     Mutation("methods/sce.py", "hyperparameter(1.0,", "hyperparameter(1.1,", DEFAULTS + "[sce-published2]"),
     Mutation("methods/sce.py", "        -4.0,", "        -4.4,", DEFAULTS + "[sce-published2]"),
-    Mutation("methods/sce.py", "return self.config.alpha", "return 1.1 * self.config.alpha", SCE),
-    Mutation("methods/sce.py", "+ self.config.beta", "+ 1.1 * self.config.beta", SCE),
+    Mutation("methods/sce.py", "return self.config.alpha", "return 1.1 * self.config.alpha", BY_HAND),
+    Mutation("methods/sce.py", "+ self.config.beta", "+ 1.1 * self.config.beta", BY_HAND),
     Mutation("methods/nce_rce.py", "        1.0,", "        1.1,", DEFAULTS + "[nce-rce-published3]"),
     Mutation("losses/normalized_cross_entropy.py", "/ log_p.sum", "/ 1.1 / log_p.sum", UNIFORM),
     Mutation("methods/dal.py", "        0.6,", "        0.66,", DAL_SCHEDULE),
@@ -692,8 +710,8 @@ MUTATIONS = [
     Mutation("methods/dal.py", "max(0.0, (", "max(0.1, (", DAL_SCHEDULE),
     Mutation("methods/dal.py", "(clock) - 1)", "(clock) - 1.1)", DAL_SCHEDULE),
     Mutation("methods/dal.py", "q_end - 1))", "q_end - 1.1))", DAL_SCHEDULE),
-    Mutation("losses/dynamics_aware.py", "+ bootstrap_weight * own", "+ 1.1 * bootstrap_weight * own", DAL_LOSS),
-    Mutation("losses/dynamics_aware.py", "(q * math.log", "(1.1 * q * math.log", DAL_LOSS),
+    Mutation("losses/dynamics_aware.py", "+ bootstrap_weight * own", "+ 1.1 * bootstrap_weight * own", BY_HAND),
+    Mutation("losses/dynamics_aware.py", "(q * math.log", "(1.1 * q * math.log", BY_HAND),
     Mutation("methods/mixup.py", "        1.0,", "        1.1,", DEFAULTS + "[mixup-published6]"),
     Mutation("methods/mixup.py", "learner(share * images + (1 -", "learner(share * images + (1.1 -", MIXED),
     Mutation("methods/mixup.py", "learner(share", "learner(1.1 * share", MIXED),
@@ -707,7 +725,7 @@ MUTATIONS = [
     Mutation("methods/sr.py", "return self.config.strength", "return 1.1 * self.config.strength", GROWTH),
     Mutation("methods/sr.py", "pow(self.config.growth,", "pow(1.1 * self.config.growth,", GROWTH),
     Mutation("methods/sr.py", "clock.fraction)", "1.1 * clock.fraction)", GROWTH),
-    Mutation("methods/sr.py", "given + self", "given + 1.1 * self", SR),
-    Mutation("losses/sparse.py", "else logits) / temperature", "else logits) / (1.1 * temperature)", SR),
-    Mutation("losses/sparse.py", "exp(exponent *", "exp(1.1 * exponent *", SR),
+    Mutation("methods/sr.py", "given + self", "given + 1.1 * self", BY_HAND),
+    Mutation("losses/sparse.py", "else logits) / temperature", "else logits) / (1.1 * temperature)", BY_HAND),
+    Mutation("losses/sparse.py", "exp(exponent *", "exp(1.1 * exponent *", BY_HAND),
 ]
