@@ -9,11 +9,14 @@ from hparams import Hyperparameter, declared, inherited
 from methods.alr import ALR
 from methods.aum import AUM
 from methods.base import Config, Method
+from methods.cdr import CDR
 from methods.ce import CrossEntropy, LabelSmoothing
 from methods.co_teaching import CoTeaching
 from methods.co_teaching_plus import CoTeachingPlus
+from methods.ctrr import CTRR
 from methods.dal import DynamicsAwareLoss
 from methods.elr import EarlyLearningRegularization
+from methods.elr_plus import ELRPlus
 from methods.gce import GeneralizedCrossEntropy
 from methods.mae import MeanAbsoluteError
 from methods.mixup import Mixup
@@ -22,6 +25,8 @@ from methods.nce_rce import NormalizedAndReverseCrossEntropy
 from methods.pencil import PENCIL
 from methods.sce import SymmetricCrossEntropy
 from methods.selc import SELC
+from methods.sop import SOP
+from methods.sop_plus import SOPPlus
 from methods.sr import SparseRegularization
 from methods.truncated_gce import TruncatedGeneralizedCrossEntropy
 
@@ -37,6 +42,9 @@ METHODS: dict[str, type[Method[Any]]] = {
     "mixup": Mixup,
     "sr": SparseRegularization,
     "elr": EarlyLearningRegularization,
+    "elr-plus": ELRPlus,
+    "cdr": CDR,
+    "ctrr": CTRR,
     "selc": SELC,
     "alr": ALR,
     "mw-net": MetaWeightNet,
@@ -44,6 +52,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "co-teaching-plus": CoTeachingPlus,
     "aum": AUM,
     "pencil": PENCIL,
+    "sop": SOP,
+    "sop-plus": SOPPlus,
 }
 
 
