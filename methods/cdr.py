@@ -30,7 +30,7 @@ from methods.base import Clock, GivenLabelsConfig, SingleNet, Step
 
 @dataclass(frozen=True)
 class CDRConfig(GivenLabelsConfig):
-    """The paper has no default for tau, which is the noise rate there; 0.2 is the mildest rate that it reports."""
+    """The paper has no default for tau, which is the noise rate there; 0.2 is ours."""
 
     noncritical: float = hyperparameter(
         0.2,

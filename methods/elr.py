@@ -5,7 +5,7 @@ NeurIPS 2020. Per batch: t <- beta t + (1 - beta) p, then loss = CE(y, p) + stre
 
 Differs from the paper: as its code does, p is clipped to [1e-4, 1 - 1e-4] and renormalised before it enters t; beta follows
 from ``memory``, a fraction of the budget, so that a short trial forgets in step; the schedule is this project's (SGD, half
-a cosine); ELR+ (two networks, mixup, weight averaging) is left out.
+a cosine); ELR+ (two networks, mixup, weight averaging) is a method of its own.
 Differs from the official code: t is part of the checkpoint (there it is lost on resume).
 State: t, float32 [N, K], zero at the start: 4 K bytes per sample.
 """

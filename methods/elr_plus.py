@@ -6,13 +6,12 @@ unmixed images. With m ~ Beta(mixup, mixup), m <- max(m, 1 - m), images, labels 
 random partner, x' = m x + (1 - m) x_partner, and loss = CE(y', p') + ramp * strength * log(1 - <h', p'>), p' the network's
 prediction for x', clipped to [1e-4, 1 - 1e-4] in the second term. After each update the average moves,
 average <- a average + (1 - a) network, with a = ramp * its momentum and ramp(f) = exp(-5 (1 - min(f / length, 1))^2) at the
-fraction f of the budget. The two networks' mean logits predict.
+fraction f of the budget, each with a length of its own. The two networks' mean logits predict.
 
 Differs from the paper: beta and a follow from memories that are fractions of the budget, and the ramps are constant within
 an epoch; the schedule is this project's (SGD, half a cosine).
-Differs from the official code: both networks see the same split, labels and batches (each with its own view and mixup) and
-are updated in turn within a step, not in alternate epochs (there each draws a split and noise of its own, which tells the
-pair more than one noisy label per sample); the averages start as copies of their networks, not from an initialisation of
+Differs from the official code: both networks see the same split, labels and batches, each with its own view and mixup
+(there each draws a split and noise of its own, which tells the pair more than one noisy label per sample); the averages start as copies of their networks, not from an initialisation of
 their own (which the ramp replaces at once), and drop no features. As there, the averages see batches in training mode: their
 own statistics of batch normalisation are recorded and never used. ``weigh_labels`` is what the code does for exactly 100
 classes.

@@ -87,6 +87,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.testing.assert_close(torch.ones(1), torch.ones(1))  # it imports sympy at its first call: seconds, so before the forks
     mutations = [Mutation(**fields) for fields in json.load(sys.stdin)]
     with tempfile.TemporaryDirectory() as folder:
         unnoticed = [
