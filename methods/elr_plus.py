@@ -11,10 +11,10 @@ fraction f of the budget, each with a length of its own. The two networks' mean 
 Differs from the paper: beta and a follow from memories that are fractions of the budget, and the ramps are constant within
 an epoch; the schedule is this project's (SGD, half a cosine).
 Differs from the official code: both networks see the same split, labels and batches, each with its own view and mixup
-(there each draws a split and noise of its own, which tells the pair more than one noisy label per sample); the averages start as copies of their networks, not from an initialisation of
-their own (which the ramp replaces at once), and drop no features. As there, the averages see batches in training mode: their
-own statistics of batch normalisation are recorded and never used. ``weigh_labels`` is what the code does for exactly 100
-classes.
+(there each draws a split and noise of its own, which tells the pair more than one noisy label per sample); the averages
+start as copies of their networks, not from an initialisation of their own (which the ramp replaces at once), and drop no
+features. As there, the averages see batches in training mode: their own statistics of batch normalisation are recorded and
+never used. ``weigh_labels`` is what the code does for exactly 100 classes.
 State: two networks, two optimisers, two averages; h, float32 [N, 2, K], zero at the start: 8 K bytes per sample.
 """
 
