@@ -15,9 +15,11 @@ from methods.co_teaching import CoTeaching
 from methods.co_teaching_plus import CoTeachingPlus
 from methods.ctrr import CTRR
 from methods.dal import DynamicsAwareLoss
+from methods.dividemix import DivideMix
 from methods.elr import EarlyLearningRegularization
 from methods.elr_plus import ELRPlus
 from methods.gce import GeneralizedCrossEntropy
+from methods.m_dyr_h import MDYRH
 from methods.mae import MeanAbsoluteError
 from methods.mixup import Mixup
 from methods.mw_net import MetaWeightNet
@@ -54,6 +56,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "pencil": PENCIL,
     "sop": SOP,
     "sop-plus": SOPPlus,
+    "m-dyr-h": MDYRH,
+    "dividemix": DivideMix,
 }
 
 
