@@ -39,6 +39,7 @@ from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import balance_penalty, cross_entropy, entropy, mix, soft_cross_entropy, squared_error
 from methods.base import Clock, Config, Learner, Method, Step, Task, first_epoch
+from methods.mixing import mixing_weight
 from methods.mixture import GaussianMixture, min_max
 from methods.sweep import sweep
 
@@ -110,13 +111,14 @@ class DivideMixConfig(Config):
 @dataclass(frozen=True)
 class Portion:
     """What one update of network ``number`` is made of. ``clean`` [B] are the probabilities w of the labelled rows, None in
-    the warm-up; ``ramp`` in [0, 1]."""
+    the warm-up; ``kept`` is the share of all samples that are labelled; ``ramp`` in [0, 1]."""
 
     number: int
     labelled: Batch
     clean: Tensor | None = None
     unlabelled: Batch | None = None
     ramp: float = 0.0
+    kept: Tensor | None = None
 
 
 class DivideMix(Method[Portion]):
@@ -175,7 +177,7 @@ class DivideMix(Method[Portion]):
         num_steps = int(kept.sum()) // size + 1
         for done, batch in enumerate(data.shuffled(size, kept)):
             ramp = self.ramp(clock, done / num_steps)
-            yield Portion(number, batch, clean[batch.index], next(others, None), ramp)
+            yield Portion(number, batch, clean[batch.index], next(others, None), ramp, kept.float().mean())
 
     def ramp(self, clock: Clock, part: float) -> float:
         """The share of unlabelled_weight that acts once ``part`` of the epoch is done, in [0, 1]."""
@@ -186,10 +188,10 @@ class DivideMix(Method[Portion]):
         own, peer = self.networks[batch.number], self.networks[1 - batch.number]
         own.train()
         peer.eval()
-        if batch.clean is None:
+        if batch.clean is None or batch.kept is None:
             return self.warm_up(own, batch.labelled, clock)
         images, targets, num_labelled = self.guessed(own, peer, batch, batch.clean)
-        weight = float(torch.distributions.Beta(self.config.mixing, self.config.mixing).sample())
+        weight = mixing_weight(self.config.mixing)
         weight = max(weight, 1 - weight)
         partners = torch.randperm(len(images)).to(images.device)
         logits, targets = own(mix(images, weight, partners)), mix(targets, weight, partners)
@@ -201,7 +203,7 @@ class DivideMix(Method[Portion]):
             loss = loss + self.config.unlabelled_weight * batch.ramp * error
             index = torch.cat([index, batch.unlabelled.index])
         own.update(loss, self.learning_rate(clock))
-        return Step(loss.detach(), index)
+        return Step(loss.detach(), index, scalars={"select/kept": batch.kept})
 
     def warm_up(self, own: Learner, batch: Batch, clock: Clock) -> Step:
         """An update on the given labels."""

@@ -34,6 +34,7 @@ from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import balance_penalty, cross_entropy, mix, soft_cross_entropy
 from methods.base import Clock, Config, Learner, Method, Step, Task
+from methods.mixing import mixing_weight
 from methods.mixture import BetaMixture
 from methods.sweep import sweep
 
@@ -113,7 +114,7 @@ class MDYRH(Method[Batch]):
 
     def step(self, batch: Batch, clock: Clock) -> Step:
         images = self.view(batch.images)
-        weight = float(torch.distributions.Beta(self.config.mixing, self.config.mixing).sample())
+        weight = mixing_weight(self.config.mixing)
         partners = torch.randperm(len(batch.index)).to(batch.index.device)
         targets = one_hot(batch.labels, self.task.num_classes).float()
         if not clock.has_begun(self.config.begins()):

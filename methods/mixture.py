@@ -43,12 +43,12 @@ class GaussianMixture:
         Stops, as scikit-learn does, once the mean log-likelihood changes by less than ``GAUSSIAN_TOLERANCE``.
         """
         values, counts = torch.unique(values.double(), return_counts=True)
-        mixture = cls._of(values, counts.unsqueeze(1) * two_means(values, counts))
+        mixture = cls.of_shares(values, counts.unsqueeze(1) * two_means(values, counts))
         before = -math.inf
         for _ in range(GAUSSIAN_ITERATIONS):
-            log_joint = mixture._log_joint(values)
+            log_joint = mixture.log_joint(values)
             log_evidence = log_joint.logsumexp(dim=1, keepdim=True)
-            mixture = cls._of(values, counts.unsqueeze(1) * (log_joint - log_evidence).exp())
+            mixture = cls.of_shares(values, counts.unsqueeze(1) * (log_joint - log_evidence).exp())
             now = float((counts * log_evidence.squeeze(1)).sum() / counts.sum())
             if abs(now - before) < GAUSSIAN_TOLERANCE:
                 break
@@ -57,22 +57,22 @@ class GaussianMixture:
         return cls(mixture.weights[order], mixture.means[order], mixture.variances[order])
 
     @classmethod
-    def _of(cls, values: Tensor, shares: Tensor) -> GaussianMixture:
+    def of_shares(cls, values: Tensor, shares: Tensor) -> GaussianMixture:
         """The maximum of the likelihood given how much of each value [U] belongs to each component, [U, 2]."""
         totals = shares.sum(dim=0) + 10 * torch.finfo(torch.float64).eps  # a component may be empty
         means = (shares * values.unsqueeze(1)).sum(dim=0) / totals
         variances = (shares * (values.unsqueeze(1) - means).square()).sum(dim=0) / totals + VARIANCE_FLOOR
         return cls(totals / totals.sum(), means, variances)
 
-    def _log_joint(self, values: Tensor) -> Tensor:
-        """log(weight * density) of values [U] in each component, [U, 2]."""
+    def log_joint(self, values: Tensor) -> Tensor:
+        """log(weight * density) of values [U] in each component, up to a constant, [U, 2]."""
         squares = (values.unsqueeze(1) - self.means).square() / self.variances
-        return self.weights.log() - 0.5 * (squares + (2 * math.pi * self.variances).log())
+        return self.weights.log() - 0.5 * (squares + self.variances.log())
 
     def posterior(self, values: Tensor) -> Tensor:
         """The probability that each of ``values`` [N] belongs to the component with the smaller mean, float64 [N]."""
         values, places = torch.unique(values.double(), return_inverse=True)
-        return self._log_joint(values).softmax(dim=1)[:, 0][places]
+        return self.log_joint(values).softmax(dim=1)[:, 0][places]
 
     @property
     def separation(self) -> Tensor:
@@ -82,9 +82,9 @@ class GaussianMixture:
 
 def two_means(values: Tensor, counts: Tensor) -> Tensor:
     """The best clustering of sorted distinct values [U] with counts [U] in two: one-hot rows [U, 2]. In one dimension it is
-    a cut, so all cuts are compared: the largest variance between the clusters is wanted. One value: half and half."""
+    a cut, so all cuts are compared: the largest variance between the clusters is wanted. One value: equal shares."""
     if len(values) == 1:
-        return torch.full((1, 2), 0.5, dtype=values.dtype, device=values.device)
+        return torch.ones(1, 2, dtype=values.dtype, device=values.device)
     below, total = counts.cumsum(0)[:-1], counts.sum()
     sum_below, sum_total = (counts * values).cumsum(0)[:-1], (counts * values).sum()
     gap = (sum_total - sum_below) / (total - below) - sum_below / below
