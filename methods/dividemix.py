@@ -38,7 +38,7 @@ from torch.nn.functional import one_hot
 from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import balance_penalty, cross_entropy, entropy, mix, soft_cross_entropy, squared_error
-from methods.base import Clock, Config, Learner, Method, Step, Task, first_epoch
+from methods.base import Clock, Config, Learner, Method, Step, Task, View, first_epoch
 from methods.mixing import mixing_weight
 from methods.mixture import GaussianMixture, min_max
 from methods.sweep import sweep
@@ -190,7 +190,9 @@ class DivideMix(Method[Portion]):
         peer.eval()
         if batch.clean is None or batch.kept is None:
             return self.warm_up(own, batch.labelled, clock)
-        images, targets, num_labelled = self.guessed(own, peer, batch, batch.clean)
+        images, targets, num_labelled = guessed(
+            own, peer, self.view, batch.labelled, batch.clean, batch.unlabelled, self.config.temperature
+        )
         weight = mixing_weight(self.config.mixing)
         weight = max(weight, 1 - weight)
         partners = torch.randperm(len(images)).to(images.device)
@@ -212,19 +214,6 @@ class DivideMix(Method[Portion]):
         own.update(losses.mean(), self.learning_rate(clock))
         return Step(losses.detach().mean(), batch.index, logits.detach().softmax(dim=1))
 
-    @torch.no_grad()
-    def guessed(self, own: Learner, peer: Learner, batch: Portion, clean: Tensor) -> tuple[Tensor, Tensor, int]:
-        """All views of the labelled images, then of the unlabelled, their targets, and how many are of labelled ones."""
-        views = [self.view(batch.labelled.images) for _ in range(VIEWS)]
-        labelled = refined(batch.labelled.labels, clean, mean_prediction([own], views))
-        targets = [sharpened(labelled, self.config.temperature)] * VIEWS
-        num_labelled = VIEWS * len(clean)
-        if batch.unlabelled is not None:
-            others = [self.view(batch.unlabelled.images) for _ in range(VIEWS)]
-            targets += [sharpened(mean_prediction([own, peer], others), self.config.temperature)] * VIEWS
-            views += others
-        return torch.cat(views), torch.cat(targets), num_labelled
-
     def predict(self, images: Tensor) -> Tensor:
         """The softmax of the sum of both networks' logits."""
         images = self.task.plain(images)
@@ -234,6 +223,20 @@ class DivideMix(Method[Portion]):
     def refined_labels(self) -> Tensor:
         """The belief at the start of the last epoch, mean over both networks; the given label until the warm-up ends."""
         return self.belief.clone()
+
+
+@torch.no_grad()
+def guessed(
+    own: Learner, peer: Learner, view: View, labelled: Batch, clean: Tensor, unlabelled: Batch | None, temperature: float
+) -> tuple[Tensor, Tensor, int]:
+    """All views of the labelled images, then of the unlabelled, their targets, and how many are of labelled ones."""
+    views = [view(labelled.images) for _ in range(VIEWS)]
+    targets = [sharpened(refined(labelled.labels, clean, mean_prediction([own], views)), temperature)] * VIEWS
+    if unlabelled is not None:
+        others = [view(unlabelled.images) for _ in range(VIEWS)]
+        targets += [sharpened(mean_prediction([own, peer], others), temperature)] * VIEWS
+        views += others
+    return torch.cat(views), torch.cat(targets), VIEWS * len(clean)
 
 
 def mean_prediction(learners: Sequence[Learner], views: Sequence[Tensor]) -> Tensor:

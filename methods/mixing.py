@@ -6,5 +6,5 @@ import torch
 
 
 def mixing_weight(alpha: float) -> float:
-    """One draw from Beta(``alpha``, ``alpha``), in [0, 1], from torch's default generator; the same weight for a whole batch."""
+    """One draw from Beta(``alpha``, ``alpha``), in [0, 1], from torch's default generator: the weight of a whole batch."""
     return float(torch.distributions.Beta(alpha, alpha).sample())
