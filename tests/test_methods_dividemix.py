@@ -461,7 +461,7 @@ MUTATIONS = [
     Mutation(PATH, '        0.5, "T of the', '        0.55, "T of the', PUBLISHED),
     Mutation(PATH, "        4.0,\n", "        4.4,\n", PUBLISHED),
     Mutation(PATH, '        1.0, "weight of the penalty', '        1.1, "weight of the penalty', PUBLISHED),
-    Mutation(PATH, '        1, "epochs whose', '        2, "epochs whose', PUBLISHED),
+    Mutation(PATH, '        1,\n        "epochs whose', '        2,\n        "epochs whose', PUBLISHED),
     Mutation(PATH, '        0.0,\n        "weight of the entropy', '        0.1,\n        "weight of the entropy', PUBLISHED),
     Mutation(PATH, "VIEWS = 2", "VIEWS = 3", BY_HAND),
     Mutation(PATH, "FEWEST = 0.1", "FEWEST = 0.11", FEWEST),
