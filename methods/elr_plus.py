@@ -30,8 +30,9 @@ from torch.nn.functional import normalize, one_hot
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
-from losses import early_learning_term, soft_cross_entropy
+from losses import early_learning_term, mix, soft_cross_entropy
 from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task, memory_momentum
+from methods.mixing import mixing_weight
 from methods.moving_average import MovingAverage
 
 
@@ -107,10 +108,10 @@ class ELRPlus(Method[Batch]):
         targets = self.remember(number, probabilities, batch.index, clock)
         smoothing = self.config.label_smoothing
         labels = (1 - smoothing) * one_hot(batch.labels, self.task.num_classes) + smoothing / self.task.num_classes
-        share = float(torch.distributions.Beta(self.config.mixup, self.config.mixup).sample())
+        share = mixing_weight(self.config.mixup)
         share = max(share, 1 - share)
         partner = torch.randperm(len(images)).to(images.device)
-        images, labels, targets = (share * part + (1 - share) * part[partner] for part in (images, labels, targets))
+        images, labels, targets = (mix(part, share, partner) for part in (images, labels, targets))
         if self.config.weigh_labels:
             labels = normalize(labels * targets, p=1, dim=1)
         strength = self.config.strength * ramp_up(clock.fraction, self.config.ramp)

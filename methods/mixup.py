@@ -15,13 +15,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.distributions import Beta
 
 from data.table import Batch
 from hparams import hyperparameter
+from losses import mix
 from methods.base import Clock, GivenLabelsConfig, Step
 from methods.ce import CrossEntropy
+from methods.mixing import mixing_weight
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Mixup(CrossEntropy):
         images = self.task.view(self.config.augmentation)(batch.images)
         share = self.share()
         order = torch.randperm(len(images), device=images.device)
-        logits = self.learner(share * images + (1 - share) * images[order])
+        logits = self.learner(mix(images, share, order))
         first = self.losses(logits, batch, clock)
         second = self.losses(logits, dataclasses.replace(batch, labels=batch.labels[order]), clock)
         loss = (share * first + (1 - share) * second).mean()
@@ -57,5 +57,4 @@ class Mixup(CrossEntropy):
 
     def share(self) -> float:
         """m, the share of an image in its mixture, for one batch. Far below 0.01 torch's draws underflow, to 1/2."""
-        drawn: Tensor = Beta(self.config.alpha, self.config.alpha).sample()
-        return float(drawn)
+        return mixing_weight(self.config.alpha)

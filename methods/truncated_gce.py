@@ -26,10 +26,10 @@ from torch import Tensor
 from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import truncated_generalized_cross_entropy
+from losses.softmax import label_log_probability
 from methods.base import Clock, Step, Task
 from methods.gce import GCEConfig, GeneralizedCrossEntropy
-
-EVALUATION_BATCH = 4096
+from methods.sweep import sweep
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,9 @@ class TruncatedGeneralizedCrossEntropy(GeneralizedCrossEntropy):
         return max(-1, math.floor(round((epoch / epochs - self.config.warmup) / self.config.interval, 9)))
 
     def look(self, data: TrainData) -> None:
-        """Notes the probability of each given label, in evaluation mode.
-
-        In a shuffled order: what a row shares a batch with, and so its last bit, must not depend on how rows are numbered.
-        """
-        self.learner.eval()
-        with torch.no_grad():
-            for batch in data.shuffled(EVALUATION_BATCH):
-                probabilities = self.predict(batch.images)
-                self.given_probability[batch.index] = probabilities.gather(1, batch.labels.unsqueeze(1)).squeeze(1)
-        self.learner.train()
+        """Notes the probability of each given label, in evaluation mode."""
+        index, logits = sweep(self.learner, data, self.task.plain)
+        self.given_probability[index] = label_log_probability(logits, data.labels[index]).exp()
 
     def kept(self, index: Tensor) -> Tensor:
         """Which of the rows ``index`` are trained on, bool [B]."""
