@@ -24,6 +24,7 @@ from tune.tracker import noted_runs
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]
 PATIENCE = 240.0
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def search(*arguments: object, check: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,18 @@ def search(*arguments: object, check: int | None = 0, env: dict[str, str] | None
 def start(log: Path, *arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Starts a command in the background, its output in ``log``."""
     with log.open("w") as file:
-        return subprocess.Popen([*SEARCH, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, text=True, cwd=cwd)
+        process = subprocess.Popen([*SEARCH, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, text=True, cwd=cwd)
+    STARTED.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Ends what a failed test left running."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            process.wait(PATIENCE)
 
 
 def wait_until(condition: Any, process: subprocess.Popen[str], log: Path) -> None:

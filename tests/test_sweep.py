@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.sweep_process import (
     assert_projected,
     assert_whole,
     board,
+    end_all,
     epochs_by_trial,
     make_finished_sweep,
     metric_lines,
@@ -29,6 +31,12 @@ from tests.sweep_process import (
 )
 
 SPEC = {"trials": 5, "epochs": 24, "checkpoint_seconds": 0, "report_seconds": 0.2, "concurrent": 2}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from typing import IO, Any
 from tune.desk import Desk
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when a terminal goes away, unless nohup ignores it
 STOP_REQUEST = "stop"  # the file by which another process asks
 
 
@@ -100,8 +99,10 @@ class Interruption:
     def listen(self) -> dict[int, Any]:
         """Installs the handlers, and returns the ones before. To be called again after Ray has shut down, which makes SIGTERM
         deadly again without telling Python."""
-        handlers: dict[int, Any] = {number: self._handle for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        handlers: dict[int, Any] = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM)}
         handlers[signal.SIGALRM] = self._give_up
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that goes away, unless nohup says that it may
+            handlers[signal.SIGHUP] = self._handle
         return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def settle(self) -> None:
