@@ -99,7 +99,7 @@ class Interruption:
     def listen(self) -> dict[int, Any]:
         """Installs the handlers, and returns the ones before. To be called again after Ray has shut down, which makes SIGTERM
         deadly again without telling Python."""
-        handlers: dict[int, Any] = {number: self._handle for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._handle)
         handlers[signal.SIGALRM] = self._give_up
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that goes away, unless nohup says that it may
             handlers[signal.SIGHUP] = self._handle
