@@ -216,9 +216,9 @@ def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
     lines[3] = lines[3][:10] + b"\n"
     journal.write_bytes(b"".join(lines))
     content = journal.read_bytes()
-    for verb in ("resume", "best", "retrain", "list"):
-        arguments = [verb, "--storage", storage] if verb == "list" else [verb, "hurt", "--storage", storage]
-        done = search(*arguments, check=2, env=without_ray(tmp_path / "poison"))
+    for verb in ("resume", "best", "retrain"):
+        done = search(verb, "hurt", "--storage", storage, check=2, env=without_ray(tmp_path / "poison"))
         assert done.stderr.count("\n") == 1
         assert "line 4 is damaged" in done.stderr
+    assert "hurt   damaged" in search("list", "--storage", storage).stdout
     assert journal.read_bytes() == content
