@@ -25,3 +25,10 @@ def test_pages_are_up_to_date() -> None:
 def test_every_method_has_its_place_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     assert [name for name in METHODS if f"`{name}`" not in text] == []
+
+
+def test_the_example_of_a_method_in_the_readme_is_one() -> None:
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "def losses" in code
+    assert code in (ROOT / "methods" / "gce.py").read_text()
