@@ -179,6 +179,7 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
 SIGNALLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
+from search import leave
 from tune import executor
 from tune.desk import Desk
 from tune.driver import Interruption
@@ -196,6 +197,7 @@ with Interruption(desk, sweep.folder / "stop") as interruption:
         terminate()
     time.sleep(0.1)
     print("noted", interruption.signal)
+leave(0)
 """
 
 
