@@ -1,16 +1,17 @@
 """Every method under the same budget: its own search on noisy labels, then the winner over seeds on clean test data.
 
     python benchmarks/methods.py --storage FOLDER [--methods all] [--noises symmetric:0.2,...] [--trials 16] [--epochs 30]
-                                 [--seeds 5] [--trusted 50] [--out docs/results.json]
+                                 [--seeds 5] [--trusted 50] [--set NAME=VALUE ...] [--out docs/results.json]
 
 For each noise and method: a search with this project's sampler and ASHA over noisy validation labels; then the best complete
 trial by *noisy* validation accuracy is trained again over seeds, initialisation, order and noise drawn anew, the same for all
 methods. Beside it the oracle: the complete trial with the best *clean test* accuracy, which nobody could have chosen, over the
-same seeds. Methods that learn from clean labels, too, get ``--trusted`` of them; no other method does.
+same seeds. Methods that learn from clean labels, too, get ``--trusted`` of them; no other method does. ``--set`` fixes what would
+be searched, such as a published setting; such a row stands beside the one without.
 
 Trials run in two processes that live as long as the benchmark, without Ray, whose start would take longer than most of these
 searches. Each search is a sweep on disk: started again, the benchmark goes on where it was. ``--out`` gets a row for each
-noise and method as it is finished; ``docs/results.md`` is made of it (``make docs``).
+noise, budget, method and setting as it is finished; ``docs/results.md`` is made of it (``make docs``).
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def examined(method: str, noise: str, options: argparse.Namespace, pipes: list[C
     """Search and retraining of one method, as a row of the results."""
     trusted = options.trusted if METHODS[method].needs_trusted else 0
     fields = {"trials": options.trials, "epochs": options.epochs, "seed": options.seed, "trusted": trusted}
-    spec = make_spec({"method": (method,), "noise": noise, **fields})
-    sweep = opened(options.storage / f"{method}-{spec.noise.replace(':', '-')}", spec)
+    spec = make_spec({"method": (method,), "noise": noise, "set": options.set, **fields})
+    folder = "-".join([method, spec.noise.replace(":", "-"), str(spec.epochs), *options.set])
+    sweep = opened(options.storage / folder, spec)
     search = Ledger(sweep, SWEEP)
     run(search, spec.trials, pipes)
     complete = [record for record in search.leaderboard() if record.state is TrialState.COMPLETE]
@@ -143,6 +145,7 @@ def examined(method: str, noise: str, options: argparse.Namespace, pipes: list[C
         "trials": spec.trials,
         "budget": spec.epochs,
         "trusted": trusted,
+        "set": options.set,
         "validation": winner.value,
         "by_seed": by_source[winner.number]["by_seed"],
         "oracle_by_seed": by_source[oracle.number]["by_seed"],
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trusted", type=int, default=50)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter that is not searched")
     parser.add_argument("--out", type=Path, help="JSON file of rows, kept up to date")
     options = parser.parse_args()
     options.storage = options.storage.resolve()
@@ -172,15 +176,15 @@ def main() -> None:
             for method in methods:
                 row = examined(method, noise, options, pipes)
                 mean, error = mean_and_error(list(row["by_seed"].values()))
-                print(f"{noise:16s} {method:16s} {100 * mean:6.2f} +- {100 * error:.2f}  {row['seconds']:.0f} s", flush=True)
+                print(f"{noise:16s} {' '.join([method, *options.set]):16s} {100 * mean:6.2f} +- {100 * error:.2f}  {row['seconds']:.0f} s", flush=True)
                 if options.out:
                     write(options.out, row)
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
-    """Puts a row into the file, in place of an earlier one of the same method and noise."""
+    """Puts a row into the file, in place of an earlier one of the same noise, budget, method and setting."""
     rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [old for old in rows if (old["method"], old["noise"]) != (row["method"], row["noise"])]
+    rows = [old for old in rows if any(old[key] != row[key] for key in ("noise", "budget", "method", "set"))]
     path.write_text(json.dumps([*rows, row], indent=1) + "\n")
 
 

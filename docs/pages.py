@@ -113,7 +113,7 @@ def percent(values: dict[str, float]) -> str:
 
 
 def results_page(rows: list[dict[str, Any]]) -> str:
-    """One table per noise: the winner's clean test accuracy over seeds, and the oracle's."""
+    """One table per noise and budget: the winner's clean test accuracy over seeds, and the oracle's."""
     parts = [
         HEAD,
         "# Methods compared\n",
@@ -121,20 +121,20 @@ def results_page(rows: list[dict[str, Any]]) -> str:
 complete trial by *noisy* validation accuracy again over seeds; `clean test` is the mean and standard error of
 its clean test accuracy, in %. `minus ce` is the difference to cross-entropy under the same seeds, paired.
 `oracle` is what the trial with the best clean test accuracy would have given, which nobody can choose without
-clean labels. Seconds and epochs are those of the search, all trials together. Ranges and defaults were fixed in
+clean labels. What stands behind a method's name was fixed and not searched. Seconds and epochs are those of the search, all trials together. Ranges and defaults were fixed in
 a commit before the table was made.
 """,
     ]
-    for noise in dict.fromkeys(row["noise"] for row in rows):
-        here = [row for row in rows if row["noise"] == noise]
+    for noise, budget in sorted({(row["noise"], row["budget"]): None for row in rows}, key=lambda pair: pair[1]):
+        here = [row for row in rows if (row["noise"], row["budget"]) == (noise, budget)]
         baseline: dict[str, float] = next((row["by_seed"] for row in here if row["method"] == "ce"), {})
-        budget, seeds = here[0], len(here[0]["by_seed"])
-        parts.append(f"## {noise}\n\n{budget['trials']} trials of up to {budget['budget']} epochs, {seeds} seeds.\n")
+        trials, seeds = here[0]["trials"], len(here[0]["by_seed"])
+        parts.append(f"## {noise}, {budget} epochs\n\n{trials} trials of up to {budget} epochs, {seeds} seeds.\n")
         lines = []
         for row in sorted(here, key=lambda row: -mean_and_error(list(row["by_seed"].values()))[0]):
             paired = {seed: value - baseline[seed] for seed, value in row["by_seed"].items() if seed in baseline}
             mean, error = mean_and_error(list(paired.values())) if paired else (float("nan"), float("nan"))
-            name = row["method"] + (f" ({row['trusted']} clean labels)" if row["trusted"] else "")
+            name = " ".join([row["method"], *row["set"]]) + (f" ({row['trusted']} clean labels)" if row["trusted"] else "")
             difference = "" if row["method"] == "ce" else f"{100 * mean:+.2f} ± {100 * error:.2f}"
             params = " ".join(
                 f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row["params"].items()

@@ -51,7 +51,9 @@ class ELRPlusConfig(GivenLabelsConfig):
     strength: float = hyperparameter(
         3.0, "weight of the regulariser, lambda in the paper", legal="[0, inf)", search=(0.5, 10.0), log=True
     )
-    ramp: float = hyperparameter(0.0, "fraction of the budget over which the regulariser's weight rises", legal="[0, 1]")
+    ramp: float = hyperparameter(
+        0.0, "fraction of the budget over which the regulariser's weight rises", legal="[0, 1]", search=(0.0, 0.5)
+    )
     mixup: float = hyperparameter(
         1.0,
         "both parameters of the beta distribution of the mixing shares",
