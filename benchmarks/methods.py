@@ -6,8 +6,8 @@
 For each noise and method: a search with this project's sampler and ASHA over noisy validation labels; then the best complete
 trial by *noisy* validation accuracy is trained again over seeds, initialisation, order and noise drawn anew, the same for all
 methods. Beside it the oracle: the complete trial with the best *clean test* accuracy, which nobody could have chosen, over the
-same seeds. Methods that learn from clean labels, too, get ``--trusted`` of them; no other method does. ``--set`` fixes what would
-be searched, such as a published setting; such a row stands beside the one without.
+same seeds. Methods that learn from clean labels, too, get ``--trusted`` of them; no other method does. ``--set`` fixes what
+would be searched, such as a published setting; such a row stands beside the one without.
 
 Trials run in two processes that live as long as the benchmark, without Ray, whose start would take longer than most of these
 searches. Each search is a sweep on disk: started again, the benchmark goes on where it was. ``--out`` gets a row for each
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trusted", type=int, default=50)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyperparameter that is not searched")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--out", type=Path, help="JSON file of rows, kept up to date")
     options = parser.parse_args()
     options.storage = options.storage.resolve()
@@ -176,7 +176,8 @@ def main() -> None:
             for method in methods:
                 row = examined(method, noise, options, pipes)
                 mean, error = mean_and_error(list(row["by_seed"].values()))
-                print(f"{noise:16s} {' '.join([method, *options.set]):16s} {100 * mean:6.2f} +- {100 * error:.2f}  {row['seconds']:.0f} s", flush=True)
+                label = " ".join([method, *options.set])
+                print(f"{noise:16s} {label:16s} {100 * mean:6.2f} +- {100 * error:.2f}  {row['seconds']:.0f} s", flush=True)
                 if options.out:
                     write(options.out, row)
 

@@ -121,8 +121,8 @@ def results_page(rows: list[dict[str, Any]]) -> str:
 complete trial by *noisy* validation accuracy again over seeds; `clean test` is the mean and standard error of
 its clean test accuracy, in %. `minus ce` is the difference to cross-entropy under the same seeds, paired.
 `oracle` is what the trial with the best clean test accuracy would have given, which nobody can choose without
-clean labels. What stands behind a method's name was fixed and not searched. Seconds and epochs are those of the search, all trials together. Ranges and defaults were fixed in
-a commit before the table was made.
+clean labels. What stands behind a method's name was fixed and not searched. Seconds and epochs are those of the
+search, all trials together. Ranges and defaults were fixed in a commit before the table was made.
 """,
     ]
     for noise, budget in sorted({(row["noise"], row["budget"]): None for row in rows}, key=lambda pair: pair[1]):
