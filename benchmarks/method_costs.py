@@ -4,7 +4,8 @@
 
 Each run is a whole budget on digits with small-cnn at default hyperparameters, evaluation included, so that phases of
 different cost (warm-ups, probes) have their share. In each repeat every method is run right after a run of cross-entropy,
-which it is divided by; reported is the median of the repeats.
+which it is divided by; reported is the median of the repeats. ``--out`` keeps what it holds of other methods, if they were
+measured in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +60,12 @@ def main() -> None:
         print(f"{method:18s} {relative[method]:6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     if options.out:
         what = f"digits, small-cnn, {options.epochs} epochs, batches of 64, one thread of a CPU"
-        options.out.write_text(json.dumps({"what": what, "repeats": options.repeats, "relative": relative}, indent=1) + "\n")
+        new: dict[str, Any] = {"what": what, "repeats": options.repeats, "relative": relative}
+        old = json.loads(options.out.read_text()) if options.out.exists() else new
+        if (old["what"], old["repeats"]) == (new["what"], new["repeats"]):
+            known = old["relative"] | relative
+            new["relative"] = {name: known[name] for name in METHODS if name in known}
+        options.out.write_text(json.dumps(new, indent=1) + "\n")
 
 
 if __name__ == "__main__":
