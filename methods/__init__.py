@@ -9,6 +9,7 @@ from hparams import Hyperparameter, declared, inherited
 from methods.alr import ALR
 from methods.aum import AUM
 from methods.base import Config, Method
+from methods.bootstrapping import Bootstrapping
 from methods.cdr import CDR
 from methods.ce import CrossEntropy, LabelSmoothing
 from methods.co_teaching import CoTeaching
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "sce": SymmetricCrossEntropy,
     "nce-rce": NormalizedAndReverseCrossEntropy,
     "dal": DynamicsAwareLoss,
+    "bootstrapping": Bootstrapping,
     "label-smoothing": LabelSmoothing,
     "mixup": Mixup,
     "elr": EarlyLearningRegularization,
