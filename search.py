@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   python search.py retrain first --top 3 --seeds 5              the best configurations again, over seeds
   python search.py ui                                           the runs in MLflow's pages
 """
+DOWNLOAD = "fetch the data set where it is missing (cifar10, cifar100)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +66,7 @@ def build_parser() -> Parser:
     sub = add("launch", "start a sweep")
     sub.add_argument("--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE; flags win over it")
     sub.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    sub.add_argument("--download", action="store_true", help=DOWNLOAD)
     add_spec_flags(sub, flags)
     sub = add("resume", "go on with a sweep: finish it, or extend it with a larger --trials")
     add_spec_flags(sub, ["trials", *(name for name in flags if name in EXECUTION)])
@@ -78,7 +80,8 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
     sub = add("train", "one run, without Ray: a best_config.yaml, or a method and its values", named=False)
     sub.add_argument("config", nargs="?", metavar="best_config.yaml", help="a configuration that a sweep wrote")
-    train_flags = ["method", "data", "noise", "model", "epochs", "trusted", "seed", "set"]
+    sub.add_argument("--download", action="store_true", help=DOWNLOAD)
+    train_flags = ["method", "data", "image_size", "noise", "model", "epochs", "trusted", "seed", "set"]
     add_spec_flags(sub, train_flags)
     add("list", "the sweeps in the storage", named=False)
     add("stop", "stop a running sweep, as Ctrl-C does")
@@ -110,6 +113,10 @@ def launch(options: argparse.Namespace) -> int:
         kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
         flags[name] = kept | flags.get(name, {})
     spec = make_spec(values | flags)
+    if options.download:
+        from tune.recipes import prepare
+
+        prepare(spec.data, spec.image_size, download=True)
     from tune import sweep
 
     ended = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run)
@@ -187,12 +194,13 @@ def show(name: str, storage: Path, top: int) -> None:
 
 def train(options: argparse.Namespace) -> int:
     from training.fit import Diverged
-    from tune.recipes import from_flags, from_yaml
+    from tune.recipes import from_flags, from_yaml, prepare
 
     flags = given(options)
     if options.config and flags:
         raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
+    prepare(recipe.data, recipe.image_size, download=options.download)
     import torch
 
     from training.experiment import Experiment

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.cache import Table, open_table
 from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, report
 from data.seeds import generator
-from data.sources import Source, find_source
+from data.sources import TEST, TRAIN, VALIDATION, Options, Source, find_source
 from data.table import Labelled, TrainData
 
 
@@ -43,6 +43,8 @@ class Dataset:
     num_classes: int
     mean: tuple[float, ...]  # per channel, of images / 255
     std: tuple[float, ...]
+    classes: tuple[str, ...]  # their names; empty where they have none
+    source: Source
     checksum: str  # sha256 of the source's images and labels
     noise: NoiseReport | None  # over training and validation together; None where the truth is not known
     split: Split
@@ -68,91 +70,103 @@ def load(
     validation_fraction: float = 0.3,
     test_fraction: float = 0.2,
     num_trusted: int = 0,
+    options: Options | None = None,
 ) -> Dataset:
     """Splits the source ``data`` and corrupts it with ``noise`` (:func:`data.noise.parse_noise`).
 
-    ``round(test_fraction * N)`` rows with clean labels are the test set; of the rest, ``round(validation_fraction * rest)``
-    are the validation set. Noise falls on the whole rest at once, so that its count is exact there; with ``none`` a source
-    keeps its own given labels where it has some. The same rows get the same labels at every ``validation_fraction``.
-    ``num_trusted`` rows leave the training set with their clean labels, as many of each class as of any other (one more of some
-    where it does not divide). ValueError for an unknown name, noise that does not fit the source, or numbers that leave too
-    little.
+    A source's own test and validation rows stay what they are. Where it has no test rows, ``round(test_fraction * N)`` rows are
+    drawn if all clean labels are known; where it has no validation rows, ``round(validation_fraction * rest)`` of the rest are.
+    Noise falls on all that is not tested at once, so that its count is exact there; with ``none`` a source keeps its own given
+    labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``num_trusted`` rows leave the
+    training set with their clean labels, as many of each class as of any other (one more of some where it does not divide).
+    ValueError for an unknown name, noise that does not fit the source, or numbers that leave too little.
     """
-    source = find_source(data)
+    source = find_source(data, options)
     wanted = _complete(parse_noise(noise), source)
     table = open_table(source)
-    split = _set_trusted_aside(_split(data, table, seed, validation_fraction, test_fraction), table, data, seed, num_trusted)
+    split = _split(source, table, seed, validation_fraction, test_fraction)
+    split = _set_trusted_aside(split, table, source, seed, num_trusted)
     rest = torch.cat([split.train, split.trusted, split.validation]).sort().values
     labels = torch.full((len(table.images),), -1)
-    labels[rest] = _given_labels(table, wanted, rest, data, noise_seed)
-    test = Labelled(table.images[split.test], table.truth[split.test]) if table.truth is not None and len(split.test) else None
-    trusted = None
-    if table.truth is not None and num_trusted:
-        trusted = TrainData(table.images[split.trusted], table.truth[split.trusted])
+    labels[rest] = _given_labels(table, wanted, rest, source, noise_seed)
+    truth = table.truth if table.truth is not None else torch.full_like(labels, -1)
+    known = bool((truth[rest] >= 0).all())
     return Dataset(
-        train=TrainData(table.images[split.train], labels[split.train]),
-        trusted=trusted,
-        train_truth=None if table.truth is None else table.truth[split.train],
-        validation=Labelled(table.images[split.validation], labels[split.validation]),
-        test=test,
+        train=TrainData(table.images, labels[split.train], split.train),
+        trusted=TrainData(table.images, truth[split.trusted], split.trusted) if num_trusted else None,
+        train_truth=truth[split.train] if known else None,
+        validation=Labelled(table.images, labels[split.validation], split.validation),
+        test=Labelled(table.images, truth[split.test], split.test) if len(split.test) else None,
         num_classes=table.num_classes,
         mean=table.mean,
         std=table.std,
+        classes=table.classes,
+        source=source,
         checksum=table.checksum,
-        noise=None if table.truth is None else report(table.truth[rest], labels[rest], table.num_classes),
+        noise=report(truth[rest], labels[rest], table.num_classes) if known else None,
         split=split,
     )
 
 
 def _complete(noise: Noise, source: Source) -> Noise:
-    """Asymmetric noise without a map takes the source's."""
-    if noise.kind == "asymmetric" and not noise.mapping:
-        return dataclasses.replace(noise, mapping=tuple(source.confusions.items()))
+    """Asymmetric noise without a map takes the source's first."""
+    if noise.kind == "asymmetric" and not noise.mapping and source.maps:
+        return dataclasses.replace(noise, mapping=tuple(next(iter(source.maps.values())).items()))
     return noise
 
 
-def _given_labels(table: Table, noise: Noise, rows: Tensor, data: str, noise_seed: int) -> Tensor:
+def _given_labels(table: Table, noise: Noise, rows: Tensor, source: Source, noise_seed: int) -> Tensor:
     """The labels of ``rows``: the source's own where it has some and no noise is asked for, else the corrupted truth."""
     if noise.kind == "none" and table.given is not None:
         return table.given[rows]
-    if table.truth is None:
-        raise ValueError(f"noise '{noise}': data set {data!r} has no clean labels to corrupt; only none is allowed")
-    return corrupt(table.truth[rows], noise, table.num_classes, generator("noise", data, str(noise), noise_seed))
+    if table.truth is None or bool((table.truth[rows] < 0).any()):
+        raise ValueError(f"noise '{noise}': data set {source.name!r} has no clean labels to corrupt; only none is allowed")
+    return corrupt(table.truth[rows], noise, table.num_classes, generator("noise", stream(source), str(noise), noise_seed))
 
 
-def _split(data: str, table: Table, seed: int, validation_fraction: float, test_fraction: float) -> Split:
+def stream(source: Source) -> str:
+    """What the random numbers of a source are drawn for."""
+    return source.stream or source.name
+
+
+def _split(source: Source, table: Table, seed: int, validation_fraction: float, test_fraction: float) -> Split:
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction: {validation_fraction!r} is not allowed; it must be a number in (0, 1)")
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction: {test_fraction!r} is not allowed; it must be a number in [0, 1)")
-    total = len(table.images)
-    num_test = 0 if table.truth is None else round(test_fraction * total)
-    num_validation = round(validation_fraction * (total - num_test))
-    num_train = total - num_test - num_validation
-    if num_train < 2 or num_validation < 1:
+    own = torch.full((len(table.images),), TRAIN) if table.split is None else table.split
+    test, validation, free = ((own == part).nonzero().squeeze(1) for part in (TEST, VALIDATION, TRAIN))
+    known = table.truth is not None and bool((table.truth[free] >= 0).all())
+    num_test = 0 if len(test) or not known else round(test_fraction * len(free))
+    num_validation = 0 if len(validation) else round(validation_fraction * (len(free) - num_test))
+    num_train = len(free) - num_test - num_validation
+    if num_train < 2 or num_validation + len(validation) < 1:
         raise ValueError(
             f"validation_fraction {validation_fraction!r} and test_fraction {test_fraction!r} leave {num_train} training and "
-            f"{num_validation} validation samples of {total}; at least 2 and 1 are needed"
+            f"{num_validation} validation samples of {len(free)}; at least 2 and 1 are needed"
         )
-    order = torch.randperm(total, generator=generator("split", data, seed))
-    test, validation, train = order[:num_test], order[num_test : num_test + num_validation], order[num_test + num_validation :]
+    order = free[torch.randperm(len(free), generator=generator("split", stream(source), seed))]
+    drawn_test, drawn_validation, train = order.split([num_test, num_validation, num_train])  # type: ignore[no-untyped-call]
+    test, validation = torch.cat([test, drawn_test]), torch.cat([validation, drawn_validation])
     return Split(train.sort().values, validation.sort().values, test.sort().values, test[:0])
 
 
-def _set_trusted_aside(split: Split, table: Table, data: str, seed: int, num_trusted: int) -> Split:
+def _set_trusted_aside(split: Split, table: Table, source: Source, seed: int, num_trusted: int) -> Split:
     """Moves ``num_trusted`` rows from training to trusted, class by class in turn."""
     if not num_trusted:
         return split
-    if table.truth is None:
-        raise ValueError(f"--trusted: {num_trusted} is not allowed; data set {data!r} has no clean labels")
-    order = split.train[torch.randperm(len(split.train), generator=generator("trusted", data, seed))]
+    if table.truth is None or bool((table.truth[split.train] < 0).any()):
+        raise ValueError(f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has no clean labels")
+    order = split.train[torch.randperm(len(split.train), generator=generator("trusted", stream(source), seed))]
     truth = table.truth[order]
     sizes = torch.bincount(truth, minlength=table.num_classes)
     turn = torch.empty_like(truth)  # how many of its class come before
     turn[truth.argsort(stable=True)] = torch.arange(len(truth)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     most = table.num_classes * int(sizes.min())
     if num_trusted > most or len(order) - num_trusted < 2:
-        raise ValueError(f"--trusted: {num_trusted} is not allowed; data set {data!r} has {most} in balanced classes here")
+        raise ValueError(
+            f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has {most} in balanced classes here"
+        )
     chosen = (turn * table.num_classes + truth).argsort()[:num_trusted]
     kept = torch.ones(len(order), dtype=torch.bool)
     kept[chosen] = False

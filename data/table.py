@@ -1,4 +1,4 @@
-"""A training set is a table of tensors, and a batch is a gather."""
+"""A training set is rows of a table of tensors, and a batch is a gather."""
 
 from __future__ import annotations
 
@@ -11,29 +11,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a training set: images uint8 [B, C, H, W], given labels int64 [B], their index in the set int64 [B]."""
+    """Rows of a set: images uint8 [B, C, H, W], their labels int64 [B], their index in the set int64 [B]."""
 
     images: Tensor
     labels: Tensor
     index: Tensor
 
 
-@dataclass(frozen=True)
-class TrainData:
-    """What a method is given: images uint8 [N, C, H, W] and given labels int64 [N]. Never the truth."""
+def fitting(most: int, images: Tensor) -> int:
+    """``most`` images per batch where none is learnt from, fewer where they have more than 32 x 32 pixels."""
+    return max(1, min(most, most * 32**2 // (images.shape[2] * images.shape[3])))
 
-    images: Tensor
-    labels: Tensor
+
+@dataclass(frozen=True)
+class Labelled:
+    """N rows of a table with a label each; ``rows`` None: the whole table, in order.
+
+    The table may be the whole data set's, mapped, of which nothing is copied but batches; these go where the labels are.
+    """
+
+    images: Tensor  # uint8 [M, C, H, W]
+    labels: Tensor  # int64 [N]
+    rows: Tensor | None = None  # int64 [N], rows of ``images``, on the same device
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def gather(self, index: Tensor) -> Batch:
-        """The rows ``index``, int64 [B]."""
-        return Batch(self.images[index], self.labels[index], index)
+        """The samples ``index``, int64 [B], on the labels' device."""
+        place = index.to(self.images.device)
+        if self.rows is not None:
+            place = self.rows[place]
+        return Batch(self.images[place].to(self.labels.device), self.labels[index], index)
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every sample once."""
+        for index in torch.arange(len(self), device=self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]
+            yield self.gather(index)
+
+
+@dataclass(frozen=True)
+class TrainData(Labelled):
+    """What a method is given: images and given labels. Never the truth."""
 
     def shuffled(self, batch_size: int, keep: Tensor | None = None) -> Iterator[Batch]:
-        """Every row once, or every row that ``keep``, bool [N], has, in an order drawn from torch's default generator.
+        """Every sample once, or every one that ``keep``, bool [N], has, in an order drawn from torch's default generator.
 
         A last batch of one row joins the batch before it: batch normalisation cannot train on one image.
         """
@@ -45,11 +67,3 @@ class TrainData:
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:
             yield self.gather(index)
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A held-out set: images uint8 [N, C, H, W] and the labels to score against, int64 [N]."""
-
-    images: Tensor
-    labels: Tensor

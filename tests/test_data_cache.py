@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from data import cache
-from data.cache import cache_folder, open_table
+from data.cache import open_table
+from data.folders import cache_folder, data_folder
 from data.sources import RawTable, Source, find_source
 
 ROOT = Path(__file__).parents[1]
@@ -27,22 +29,17 @@ class Counted:
 
     def __init__(self) -> None:
         self.built = 0
-        self.source = Source("tiny", self, num_classes=3, defaults={}, confusions={})
+        self.source = Source("tiny", "tiny", self, defaults={})
 
     def __call__(self) -> RawTable:
         self.built += 1
-        return RawTable(IMAGES, TRUTH, GIVEN)
+        return RawTable.of(IMAGES, 3, truth=TRUTH, given=GIVEN)
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NOISY_LABEL_CACHE", str(tmp_path))
     return tmp_path
-
-
-def a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets which files were checked."""
-    monkeypatch.setattr(cache, "_verified", set())
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,12 +50,14 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_folder() == Path("/home/someone/.cache/noisy-label-search")
+    assert data_folder() == Path("/home/someone/.cache/noisy-label-search/data-sets")
+    monkeypatch.setenv("NOISY_LABEL_DATA", "/data")
+    assert data_folder() == Path("/data")
 
 
-def test_what_was_built_is_what_is_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_built_is_what_is_mapped(folder: Path) -> None:
     counted = Counted()
     first = open_table(counted.source)
-    a_new_process(monkeypatch)
     for table in (first, open_table(counted.source)):
         assert torch.equal(table.images, IMAGES)
         assert table.images.dtype == torch.uint8
@@ -73,12 +72,12 @@ def test_what_was_built_is_what_is_mapped(folder: Path, monkeypatch: pytest.Monk
         payload = bytes(IMAGES.flatten().tolist()) + bytes(1) + b"".join(x.numpy().tobytes() for x in (TRUTH, GIVEN))
         assert table.checksum == hashlib.sha256(payload).hexdigest()
     assert counted.built == 1
-    assert [path.name for path in folder.iterdir()] == ["tiny.table"]  # no temporary file stays
+    assert {path.name for path in folder.iterdir()} == {"tiny.lock", "tiny.table"}  # nothing else stays
 
 
 def test_a_source_may_lack_either_labels() -> None:
     def bare(name: str, truth: torch.Tensor | None, given: torch.Tensor | None) -> cache.Table:
-        return open_table(Source(name, lambda: RawTable(IMAGES, truth, given), num_classes=3, defaults={}, confusions={}))
+        return open_table(Source(name, name, lambda: RawTable.of(IMAGES, 3, truth=truth, given=given), defaults={}))
 
     only_truth, only_given = bare("clean", TRUTH, None), bare("noisy", None, GIVEN)
     assert only_truth.given is None
@@ -139,14 +138,13 @@ def flip(position: int) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_damaged_file_is_built_again(
-    damage: Callable[[bytes], bytes], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     counted = Counted()
     open_table(counted.source)
     path = folder / "tiny.table"
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    a_new_process(monkeypatch)
     with caplog.at_level(logging.WARNING):
         table = open_table(counted.source)
     assert torch.equal(table.images, IMAGES)
@@ -157,7 +155,7 @@ def test_a_damaged_file_is_built_again(
     assert "\n" not in record.getMessage()
 
 
-def test_the_checksum_is_verified_once_per_process_and_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checksum_is_verified_once_per_machine_and_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted()
     open_table(counted.source)
     checks: list[int] = []
@@ -175,6 +173,7 @@ def test_the_checksum_is_verified_once_per_process_and_file(folder: Path, monkey
     (folder / "copy").write_bytes(whole)
     os.replace(folder / "copy", folder / "tiny.table")  # another file of the same name is checked again
     open_table(counted.source)
+    open_table(counted.source)
     assert checks.count(payload) == 1
     assert counted.built == 1
 
@@ -187,44 +186,127 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 BUILDER = """
-import os, sys, time
+import sys, time
 from pathlib import Path
 import torch
+from data import cache
 from data.cache import open_table
 from data.sources import RawTable, Source
 
-meeting, flush = Path(sys.argv[1]), os.fsync
+marks, stop_after = Path(sys.argv[1]), int(sys.argv[2])
+images = torch.arange(20_000).remainder(251).to(torch.uint8).view(-1, 1, 10, 10)
+cache.SYNC_SECONDS = 0
 
-def meet_and_flush(file):
-    (meeting / sys.argv[2]).touch()
-    end = time.monotonic() + 60
-    while len(list(meeting.iterdir())) < 2:  # until both have written and neither has renamed
-        assert time.monotonic() < end, "the other process does not write"
-        time.sleep(0.001)
-    flush(file)
+def blocks(start):
+    (marks / f"{time.monotonic_ns()} {start}").touch()
+    for number, row in enumerate(range(start, len(images), 10)):
+        if number == stop_after:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        yield images[row : row + 10]
 
-def build():
-    images = torch.arange(20_000).remainder(251).to(torch.uint8).view(-1, 1, 10, 10)
-    return RawTable(images, torch.arange(len(images)) % 10, None)
-
-os.fsync = meet_and_flush
-table = open_table(Source("shared", build, num_classes=10, defaults={}, confusions={}))
-assert int(table.images[1, 0, 0, 1]) == 101
-print(table.checksum)
+raw = RawTable((200, 1, 10, 10), blocks, 10, truth=torch.arange(200) % 10)
+table = open_table(Source("shared", "shared", lambda: raw, defaults={}))
+assert torch.equal(table.images, images)
+print(table.checksum, *table.mean, *table.std)
 """
 
 
-def test_two_processes_build_at_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    meeting = tmp_path_factory.mktemp("meeting")
-    builders = [
-        subprocess.Popen([sys.executable, "-c", BUILDER, str(meeting), name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for name in "ab"
-    ]
-    answers = [builder.communicate(timeout=120)[0] for builder in builders]
-    assert [builder.returncode for builder in builders] == [0, 0]
-    assert len(answers[0]) == 65
-    assert answers[0] == answers[1]
-    assert [path.name for path in folder.iterdir()] == ["shared.table"]
+def builder(marks: Path, stop_after: int = -1) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILDER, str(marks), str(stop_after)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def starts(marks: Path) -> list[int]:
+    """The rows from which processes have begun to decode, in order of time."""
+    return [int(name.split()[1]) for name in sorted(path.name for path in marks.iterdir())]
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    marks = tmp_path_factory.mktemp("marks")
+    builders = [builder(marks) for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in builders]
+    assert [process.returncode for process in builders] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert starts(marks) == [0]
+    assert {path.name for path in folder.iterdir()} == {"shared.lock", "shared.table"}
+
+
+def test_a_build_that_was_killed_goes_on(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """After kill -9 in the middle, what was on disk is not decoded again, and the file is the one of an undisturbed build."""
+    marks = tmp_path_factory.mktemp("marks")
+    assert builder(marks, stop_after=7).wait(120) == -9
+    assert not (folder / "shared.table").exists()
+    assert builder(marks, stop_after=5).wait(120) == -9
+    resumed = builder(marks)
+    answer, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert starts(marks) == [0, 70, 120]
+    whole = (folder / "shared.table").read_bytes()
+    (folder / "shared.table").unlink()
+    undisturbed = builder(marks)
+    assert undisturbed.communicate(timeout=120)[0] == answer
+    assert (folder / "shared.table").read_bytes() == whole
+
+
+def test_a_build_of_another_source_is_not_continued(folder: Path) -> None:
+    source = Counted().source
+    (folder / "tiny.partial").write_bytes(bytes(135))
+    (folder / "tiny.partial.json").write_text('{"stamp": "other", "shape": [5, 3, 3, 3], "done": 5}')
+    assert torch.equal(open_table(source).images, IMAGES)
+
+
+def test_a_source_that_has_changed_is_read_again_where_asked(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stamp = ["one"]
+    counted = Counted()
+    source = dataclasses.replace(counted.source, stamp=lambda: stamp[0])
+    open_table(source, fresh=True)
+    open_table(source, fresh=True)
+    assert counted.built == 1
+    stamp[0] = "two"
+    open_table(source)
+    assert counted.built == 1, "a trial does not ask"
+    with caplog.at_level(logging.WARNING):
+        open_table(source, fresh=True)
+    assert counted.built == 2
+    assert "is of before the data set changed" in caplog.text
+    open_table(source, fresh=True)
+    assert counted.built == 2
+
+
+def test_an_unreadable_source_is_not_the_folders_fault() -> None:
+    def missing() -> RawTable:
+        raise FileNotFoundError(2, "No such file or directory", "/data/image.png")
+
+    with pytest.raises(ValueError, match=r"^data set tiny: .*No such file or directory: '/data/image.png'$"):
+        open_table(dataclasses.replace(Counted().source, build=missing))
+
+
+def test_a_source_that_gives_too_few_images_is_a_defect() -> None:
+    raw = RawTable((6, 3, 3, 3), lambda start: iter([IMAGES[start:]]), 3)
+    with pytest.raises(RuntimeError, match="gave 5 images of 6"):
+        open_table(dataclasses.replace(Counted().source, build=lambda: raw))
+
+
+FRUGAL = """
+import resource, sys, torch
+from data.cache import open_table
+from data.sources import RawTable, Source
+
+def blocks(start):
+    for row in range(start, 4096, 64):
+        yield torch.full((64, 3, 128, 128), row % 256, dtype=torch.uint8)
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open_table(Source("large", "large", lambda: RawTable((4096, 3, 128, 128), blocks, 2), defaults={}))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_build_needs_memory_for_its_blocks_only() -> None:
+    done = subprocess.run([sys.executable, "-c", FRUGAL], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 * 2**20, "of 201 million bytes of images"
 
 
 def test_digits_are_what_scikit_learn_has() -> None:

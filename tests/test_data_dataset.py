@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from data import sources
 from data.cache import open_table
 from data.dataset import Dataset, load
 from data.sources import RawTable, Source, find_source
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +56,10 @@ def test_every_part_holds_its_rows() -> None:
     dataset, images = digits(), open_table(find_source("digits")).images
     assert dataset.test is not None
     assert dataset.train_truth is not None
-    assert torch.equal(dataset.train.images, images[dataset.split.train])
-    assert torch.equal(dataset.validation.images, images[dataset.split.validation])
-    assert torch.equal(dataset.test.images, images[dataset.split.test])
+    for part, rows in (("train", dataset.split.train), ("validation", dataset.split.validation), ("test", dataset.split.test)):
+        held = getattr(dataset, part)
+        assert torch.equal(torch.cat([batch.images for batch in held.in_order(100)]), images[rows])
+        assert held.images.data_ptr() == dataset.train.images.data_ptr(), "one mapping for all, of which nothing is copied"
     assert torch.equal(dataset.train_truth, truth()[dataset.split.train])
     assert torch.equal(dataset.test.labels, truth()[dataset.split.test])  # clean
 
@@ -141,7 +146,8 @@ def test_trusted_samples_are_clean_balanced_and_out_of_the_training_set(num_trus
     assert after.trusted is not None
     split = after.split
     assert torch.equal(after.trusted.labels, truth()[split.trusted])
-    assert torch.equal(after.trusted.images, open_table(find_source("digits")).images[split.trusted])
+    (everything,) = after.trusted.in_order(num_trusted)
+    assert torch.equal(everything.images, open_table(find_source("digits")).images[split.trusted])
     counts = torch.bincount(after.trusted.labels, minlength=10)
     assert counts.sum() == num_trusted
     assert counts.max() - counts.min() <= (num_trusted % 10 > 0)
@@ -190,15 +196,15 @@ def test_unknown_names_are_refused() -> None:
         digits("pair:0.4")
 
 
-def annotated(name: str, clean: torch.Tensor | None) -> Source:
+def annotated(name: str, clean: torch.Tensor | None, split: torch.Tensor | None = None) -> Source:
     images = torch.arange(10 * 4, dtype=torch.uint8).view(10, 1, 2, 2)
     given = torch.tensor([1, 1, 2, 0, 1, 2, 0, 1, 2, 0])
-    return Source(name, lambda: RawTable(images, clean, given), num_classes=3, defaults={}, confusions={})
+    return Source(name, name, lambda: RawTable.of(images, 3, truth=clean, given=given, split=split), defaults={})
 
 
 def test_a_source_with_labels_of_its_own_keeps_them_unless_noise_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clean = torch.arange(10) % 3
-    monkeypatch.setitem(sources.SOURCES, "annotated", annotated("annotated", clean))
+    monkeypatch.setitem(sources.READERS, "annotated", lambda *_: annotated("annotated", clean))
     given = torch.tensor([1, 1, 2, 0, 1, 2, 0, 1, 2, 0])  # differs from the truth in row 0 only
     kept = load("annotated", "none", seed=0, noise_seed=0)
     rest = torch.cat([kept.split.train, kept.split.validation]).tolist()
@@ -212,7 +218,7 @@ def test_a_source_with_labels_of_its_own_keeps_them_unless_noise_is_asked_for(mo
 
 
 def test_a_source_without_truth_has_no_test_set_and_takes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources.SOURCES, "wild", annotated("wild", None))
+    monkeypatch.setitem(sources.READERS, "wild", lambda *_: annotated("wild", None))
     wild = load("wild", "none", seed=0, noise_seed=0)
     assert (wild.test, wild.train_truth, wild.noise) == (None, None, None)
     assert (len(wild.split.train), len(wild.split.validation)) == (7, 3)
@@ -221,3 +227,83 @@ def test_a_source_without_truth_has_no_test_set_and_takes_no_noise(monkeypatch: 
         load("wild", "symmetric:0.4", seed=0, noise_seed=0)
     with pytest.raises(ValueError, match=r"noise 'asymmetric:0.4': data set 'wild' has no clean labels"):
         load("wild", "asymmetric:0.4", seed=0, noise_seed=0)
+
+
+def test_a_sources_own_split_stays_and_only_what_it_lacks_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test labels are clean, the others unknown: no truth in training, no noise on top, nothing drawn for testing."""
+    clean = torch.tensor([-1, -1, -1, -1, -1, -1, 2, 0, -1, -1])
+    split = torch.tensor([0, 0, 0, 0, 0, 0, 2, 2, 0, 0])
+    monkeypatch.setitem(sources.READERS, "tested", lambda *_: annotated("tested", clean, split))
+    tested = load("tested", "none", seed=0, noise_seed=0)
+    assert tested.split.test.tolist() == [6, 7]
+    assert tested.test is not None
+    assert tested.test.labels.tolist() == [2, 0]
+    assert (tested.train_truth, tested.noise) == (None, None)
+    assert (len(tested.split.train), len(tested.split.validation)) == (6, 2)
+    with pytest.raises(ValueError, match=r"noise 'symmetric:0.4': data set 'tested' has no clean labels"):
+        load("tested", "symmetric:0.4", seed=0, noise_seed=0)
+    with pytest.raises(ValueError, match=r"--trusted: 3 is not allowed; data set 'tested' has no clean labels"):
+        load("tested", "none", seed=0, noise_seed=0, num_trusted=3)
+    split = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 0, 0])
+    monkeypatch.setitem(sources.READERS, "split", lambda *_: annotated("split", clean, split))
+    divided = load("split", "none", seed=0, noise_seed=0)
+    assert divided.split.validation.tolist() == [4, 5]
+    assert divided.split.train.tolist() == [0, 1, 2, 3, 8, 9]
+
+
+def test_random_numbers_follow_the_stream_and_not_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a folder may be moved."""
+    for name in ("here", "there"):
+        source = dataclasses.replace(annotated(name, torch.arange(10) % 3), stream="folder")
+        monkeypatch.setitem(sources.READERS, name, lambda *_, source=source: source)
+    here, there = (load(name, "symmetric:0.4", seed=0, noise_seed=0) for name in ("here", "there"))
+    assert here.fingerprint == there.fingerprint
+
+
+READER = """
+import sys, psutil, torch
+from data import sources
+from data.dataset import load
+from data.sources import RawTable, Source
+
+torch.set_num_threads(1)
+images = lambda: torch.randint(256, (4096, 3, 128, 128), dtype=torch.uint8)
+source = Source("large", "large", lambda: RawTable.of(images(), 2, truth=torch.arange(4096) % 2), defaults={})
+sources.READERS["large"] = lambda *_: source
+if sys.argv[1] == "build":
+    load("large", "symmetric:0.4", seed=0, noise_seed=0)
+    sys.exit()
+before = psutil.Process().memory_full_info().pss
+data = load("large", "symmetric:0.4", seed=0, noise_seed=0)
+for part in (data.train, data.validation, data.test):
+    for batch in part.in_order(64):
+        batch.images.sum()
+print("read", flush=True)
+sys.stdin.readline()
+print(psutil.Process().memory_full_info().pss - before, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_trials_on_one_machine_hold_one_copy() -> None:
+    """Two processes that have read all of 201 MB hold it once between them, measured as their proportional set sizes."""
+    subprocess.run([sys.executable, "-c", READER, "build"], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", READER, "read"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+
+    def answers() -> list[str]:
+        return [process.stdout.readline().strip() for process in processes if process.stdout]
+
+    def tell() -> None:
+        for process in processes:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    assert answers() == ["read", "read"]
+    tell()
+    held = [int(answer) for answer in answers()]
+    tell()
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert 0.9 * 201e6 < sum(held) < 1.4 * 201e6

@@ -220,7 +220,7 @@ def test_no_attribute_outside_the_state_changes_what_is_learnt(name: str) -> Non
 def test_a_task_holds_nothing_that_a_method_must_not_know() -> None:
     allowed = {"num_classes", "labels", "make_net", "plain", "weak", "strong", "trusted"}
     assert {field.name for field in dataclasses.fields(Task)} == allowed
-    assert {field.name for field in dataclasses.fields(TrainData)} == {"images", "labels"}
+    assert {field.name for field in dataclasses.fields(TrainData)} == {"images", "labels", "rows"}
     assert {field.name for field in dataclasses.fields(Batch)} == {"images", "labels", "index"}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from methods import METHODS, parameters
 from tests.sweep_process import (
     ROOT,
     assert_projected,
@@ -224,3 +225,22 @@ def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
         assert "line 4 is damaged" in done.stderr
     assert "hurt   damaged" in search("list", "--storage", storage).stdout
     assert journal.read_bytes() == content
+
+
+def test_every_method_in_one_search(tmp_path: Path, storage: Path) -> None:
+    """``--method all`` runs each method's published configuration, and more; ``best`` names one and its own parameters."""
+    total = len(METHODS) + 2
+    options = ("--model", "mlp", "--trials", total, "--epochs", 2, "--trusted", 20, "--concurrent", 2)
+    search("launch", "all", "--storage", storage, "--method", "all", *options)
+    rows = board(storage, "all")
+    assert_whole(storage / "all", rows, total)
+    assert_projected(storage, "all", rows)
+    assert {row["method"] for row in rows} == set(METHODS)
+    for row in rows:
+        assert row["state"] in ("complete", "stopped"), row
+        searched = {name for name, parameter in parameters(row["method"]).items() if parameter.search}
+        assert set(row["params"]) == searched, row["method"]
+    best = search("best", "all", "--storage", storage, "--top", 1).stdout.splitlines()[2]
+    named = {part.split("=")[0] for part in best.split() if "=" in part}
+    assert f" {rows[0]['method']} " in best
+    assert named == {name.removeprefix(rows[0]["method"] + ".") for name in rows[0]["params"]}

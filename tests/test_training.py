@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from data.dataset import Dataset, load
-from data.table import TrainData
+from data.table import Labelled, TrainData
 from methods.base import Clock, Step
 from tests.sweeps import in_child
 from training import checkpoint
@@ -284,7 +284,7 @@ def test_accuracy_is_measured_in_evaluation_mode_in_parts(digits: Dataset, monke
 
     monkeypatch.setattr("training.fit.EVALUATION_BATCH", 100)
     labels = torch.zeros(250, dtype=torch.int64)
-    assert accuracy(Watched([]), torch.zeros(250, 1, 8, 8, dtype=torch.uint8), labels) == 1.0  # type: ignore[arg-type]
+    assert accuracy(Watched([]), Labelled(torch.zeros(250, 1, 8, 8, dtype=torch.uint8), labels)) == 1.0  # type: ignore[arg-type]
     assert sizes == [100, 100, 50]
 
 

@@ -17,6 +17,8 @@ import torch
 
 from data.dataset import Dataset, load
 from data.seeds import derive
+from data.sources import Options
+from data.table import Labelled
 from data.views import make_views
 from hparams import Value, build
 from methods import find_method
@@ -44,6 +46,7 @@ class Recipe:
     split_seed: int = 0
     validation_fraction: float = 0.3
     trusted: int = 0  # samples with clean labels, taken from the training set
+    image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
 
     @property
     def fingerprint(self) -> str:
@@ -51,8 +54,9 @@ class Recipe:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
     def dataset(self, device: str = "cpu") -> Dataset:
-        """The data set that it is run on, its tensors on ``device``."""
-        fields = (self.data, self.noise, self.split_seed, self.noise_seed, self.validation_fraction, self.trusted)
+        """The data set that it is run on, for batches on ``device``."""
+        names = ("data", "noise", "split_seed", "noise_seed", "validation_fraction", "trusted", "image_size")
+        fields = tuple(getattr(self, name) for name in names)
         return _dataset(*fields) if device == "cpu" else _moved(fields, device)
 
 
@@ -67,7 +71,9 @@ class EpochRecord:
 
 
 @lru_cache(maxsize=2)
-def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float, num_trusted: int) -> Dataset:
+def _dataset(
+    data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float, num_trusted: int, image_size: int
+) -> Dataset:
     """Shared by the trials of a reused worker."""
     return load(
         data,
@@ -76,23 +82,28 @@ def _dataset(data: str, noise: str, split_seed: int, noise_seed: int, validation
         noise_seed=noise_seed,
         validation_fraction=validation_fraction,
         num_trusted=num_trusted,
+        options=Options(image_size=image_size),
     )
 
 
 @lru_cache(maxsize=2)
 def _moved(fields: tuple[Any, ...], device: str) -> Dataset:
-    """The same with its tensors on another device."""
+    """The same with its tensors on another device, each once; a table that would take more than a quarter of the trial's share
+    of the device's memory stays where it is, and batches move."""
+    dataset = _dataset(*fields)
+    share = torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
+    stays = dataset.train.images.nbytes > share / 4
+    copies: dict[int, torch.Tensor] = {}
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            held = {field.name: move(getattr(value, field.name)) for field in dataclasses.fields(value)}
-            return dataclasses.replace(value, **held)
+            return copies.setdefault(id(value), value.to(device))
+        if isinstance(value, Labelled):
+            moving = ("labels",) if stays else ("images", "labels", "rows")
+            return dataclasses.replace(value, **{name: move(getattr(value, name)) for name in moving})
         return value
 
-    moved: Dataset = move(_dataset(*fields))
-    return moved
+    return dataclasses.replace(dataset, **{f.name: move(getattr(dataset, f.name)) for f in dataclasses.fields(dataset)})
 
 
 def objective_window(epochs: int) -> int:
@@ -119,8 +130,9 @@ class Experiment:
         dataset = recipe.dataset(device)
         method_class = find_method(recipe.method)
         config = build(method_class.Config, recipe.values)
-        channels, size = dataset.train.images.shape[1:3]
-        plain, weak, strong = make_views(dataset.mean, dataset.std, size)
+        source, (channels, stored_size) = dataset.source, dataset.train.images.shape[1:3]
+        size = source.input_size or stored_size
+        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size)
 
         def make_net(num_classes: int | None = None) -> Network:
             return make_model(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.seeds import derive
+from data.table import Labelled, fitting
 from methods.base import Clock, Method
 from training.statistics import RefinementStatistics
 
@@ -54,13 +55,13 @@ def fit(
         trained = time.perf_counter() - began
         number = done + 1
         if not statistics.observed and number in test_at:
-            statistics.probabilities = predict(method, dataset.train.images)
+            statistics.probabilities = predict(method, dataset.train)
         metrics |= {
             "lr": method.learning_rate(clock),
-            "val/accuracy": accuracy(method, dataset.validation.images, dataset.validation.labels),
+            "val/accuracy": accuracy(method, dataset.validation),
         }
         if dataset.test is not None and number in test_at:
-            metrics["test/accuracy"] = accuracy(method, dataset.test.images, dataset.test.labels)
+            metrics["test/accuracy"] = accuracy(method, dataset.test)
         metrics |= statistics.finish(method.refined_labels())
         metrics["seconds"] = time.perf_counter() - began
         metrics["samples_per_second"] = len(dataset.train) / trained
@@ -86,16 +87,17 @@ def _train(method: Method[Any], dataset: Dataset, statistics: RefinementStatisti
     return metrics
 
 
-def predict(method: Method[Any], images: Tensor) -> Tensor:
-    """Probabilities [N, K] of uint8 images [N, C, H, W], in evaluation mode. Raises :class:`Diverged`."""
+def predict(method: Method[Any], data: Labelled) -> Tensor:
+    """Probabilities [N, K] of every sample, in evaluation mode. Raises :class:`Diverged`."""
     method.eval()
+    batches = data.in_order(fitting(EVALUATION_BATCH, data.images))
     with torch.no_grad():
-        probabilities = torch.cat([method.predict(part) for part in images.split(EVALUATION_BATCH)])  # type: ignore[no-untyped-call]
+        probabilities = torch.cat([method.predict(batch.images) for batch in batches])
     if not bool(probabilities.isfinite().all()):
         raise Diverged("a prediction is not a finite number")
     return probabilities
 
 
-def accuracy(method: Method[Any], images: Tensor, labels: Tensor) -> float:
-    """Share of ``images`` whose most probable class is the label, in [0, 1]."""
-    return float((predict(method, images).argmax(dim=1) == labels).float().mean())
+def accuracy(method: Method[Any], data: Labelled) -> float:
+    """Share of the samples whose most probable class is the label, in [0, 1]."""
+    return float((predict(method, data).argmax(dim=1) == data.labels).float().mean())

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from data.cache import open_table
 from data.dataset import Dataset
+from data.sources import Options, find_source
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
@@ -24,8 +26,14 @@ def of_trial(ledger: Ledger, record: Record) -> Recipe:
     return _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
 
 
+def prepare(data: str, image_size: int, *, download: bool = False) -> None:
+    """Decodes a data set into this machine's cache, again where it has changed since."""
+    open_table(find_source(data, Options(image_size=image_size, download=download)), fresh=True)
+
+
 def dataset(spec: SweepSpec) -> Dataset:
-    """What every trial of a sweep is run on, in main memory."""
+    """What every trial of a sweep is run on, in main memory; read again where it has changed."""
+    prepare(spec.data, spec.image_size)
     return _recipe(spec, spec.method[0], {}, seed=spec.seed, noise_seed=spec.noise_seed).dataset()
 
 
@@ -42,6 +50,7 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
         split_seed=spec.split_seed,
         validation_fraction=spec.validation_fraction,
         trusted=spec.trusted,
+        image_size=spec.image_size,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from data.noise import parse_noise
-from data.sources import find_source
+from data.sources import Options, Source, find_source
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
@@ -41,6 +41,7 @@ class SweepSpec:
 
     method: tuple[str, ...] = option(("alr",), "methods, separated by commas, or all")
     data: str = option("digits", "data set")
+    image_size: int = option(0, "side in pixels of a user's images (default: by the first, at most 224)", "[0, 4096]")
     noise: str = option("", "none, symmetric:RATE[:include-true], asymmetric:RATE[:FROM>TO,...] (default: by data set)")
     model: str = option("", "network (default: by data set)")
     trials: int = option(32, "trials that end complete or stopped early", "[1, inf)")
@@ -81,7 +82,11 @@ class SweepSpec:
 
     def source_defaults(self) -> dict[str, Value]:
         """Config values that the data set brings, for the fields that every method has."""
-        return {name: value for name, value in find_source(self.data).defaults.items() if name not in ("noise", "model")}
+        return {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
+
+    def source(self) -> Source:
+        """Where its data come from."""
+        return find_source(self.data, Options(image_size=self.image_size))
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
@@ -159,7 +164,7 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
     for name in spec.method:
         if find_method(name).needs_trusted and not spec.trusted:
             raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
-    source = find_source(spec.data)
+    source = spec.source()
     noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
     model = spec.model or str(source.defaults["model"])
     for name, value, known in (
@@ -173,7 +178,7 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
         raise ValueError(
             f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0, a fraction from 0.0001, or a whole number"
         )
-    return dataclasses.replace(spec, noise=noise, model=model)
+    return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model)
 
 
 @dataclass(frozen=True)

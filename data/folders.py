@@ -1,0 +1,19 @@
+"""Where files lie on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``$NOISY_LABEL_CACHE``, else ``noisy-label-search`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
+    if own := os.environ.get("NOISY_LABEL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "noisy-label-search"
+
+
+def data_folder() -> Path:
+    """Of the data sets of the literature, as published: ``$NOISY_LABEL_DATA``, else ``data-sets`` in the cache folder."""
+    own = os.environ.get("NOISY_LABEL_DATA")
+    return Path(own) if own else cache_folder() / "data-sets"
