@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from tune.ledger import Ledger, Record
-from tune.report import COLUMNS, cells, rows
+from tune.report import leaderboard, rows
 
 REFRESH = 0.5
 SHOWN = 12
@@ -97,8 +97,9 @@ class Display:
         board = rows(self.ledger, {})
         shown = [row for row in board if row["state"] == "running"] + [row for row in board if row["state"] != "running"]
         table = Table(title=f"{self.ledger.sweep.name}: {len(board)} of {self.total} trials begun")
-        for column in COLUMNS:
+        header, lines, _ = leaderboard(shown[:SHOWN])
+        for column in header:
             table.add_column(column, justify="right" if column in ("trial", "val", "test", "epochs", "seconds") else "left")
-        for row in shown[:SHOWN]:
-            table.add_row(*cells(row), style="dim" if row["state"] in ("stopped", "failed", "diverged") else "")
+        for row, line in zip(shown, lines, strict=False):
+            table.add_row(*line, style="dim" if row["state"] in ("stopped", "failed", "diverged") else "")
         return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,18 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A leaderboard row as text, in the order of ``COLUMNS``."""
-    percents = [percent(row[key]) for key in ("value", "test_accuracy")]
-    lead = [str(row["trial"]), row["method"], row["state"]]
-    return [*lead, *percents, str(row["epochs"]), f"{row['seconds']:.1f}", _params(row)]
+def leaderboard(board: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[list[str]], str]:
+    """Leaderboard rows as a header, lines of text, and what the columns mean; without clean test labels, without ``test``."""
+    tested = any(row["test_accuracy"] is not None for row in board)
+    lines = []
+    for row in board:
+        line = [str(row["trial"]), row["method"], row["state"], percent(row["value"]), percent(row["test_accuracy"])]
+        lines.append([*line, str(row["epochs"]), f"{row['seconds']:.1f}", _params(row)])
+    meaning = "val: noisy validation accuracy %, what the search selects on"
+    if tested:
+        return COLUMNS, lines, meaning + "; test: clean test accuracy %"
+    at = COLUMNS.index("test")
+    return COLUMNS[:at] + COLUMNS[at + 1 :], [line[:at] + line[at + 1 :] for line in lines], meaning
 
 
 def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
@@ -93,16 +100,17 @@ def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
     board = rows(ledger, runs)
     if not driver_alive(ledger.sweep.folder):
         board = [row | {"state": "waiting"} if row["state"] == "running" else row for row in board]
-    table = text_table(COLUMNS, [cells(row) for row in board[:top]])
+    header, lines, meaning = leaderboard(board[:top])
     more = f"\n... and {len(board) - top} more" if len(board) > top else ""
-    return table + more + "\nval: noisy validation accuracy %, what the search selects on; test: clean test accuracy %"
+    return f"{text_table(header, lines)}{more}\n{meaning}"
 
 
 def markdown_table(board: list[dict[str, Any]]) -> str:
     """The top of the leaderboard for the note on MLflow's run page."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in board]
-    return "\n".join(lines) + "\n\n*val* is noisy validation accuracy (%), *test* clean test accuracy (%)."
+    header, lines, meaning = leaderboard(board)
+    table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    table += ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join(table) + f"\n\n{meaning}."
 
 
 def best_config_text(ledger: Ledger, record: Record) -> str:
@@ -136,8 +144,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row per retrained configuration: clean test accuracy over its seeds, in the order of the sweep's leaderboard, which
-    ``rank`` is the place in. None where a mean or its error is not known."""
+    """One row per retrained configuration, in the order of the sweep's leaderboard, which ``rank`` is the place in.
+
+    ``measure`` says what the mean and ``by_seed`` are: clean test accuracy, or noisy validation accuracy where there are no clean
+    test labels. None where a mean or its error is not known.
+    """
     searched = Ledger(ledger.sweep, read_only=True)
     ranks = {record.number: rank for rank, record in enumerate(searched.leaderboard(), 1)}
     groups: dict[int, list[Record]] = {}
@@ -146,15 +157,19 @@ def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
             groups.setdefault(record.attrs["source"], []).append(record)
     found = []
     for source, records in groups.items():
-        by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] for record in records}
+        tested = any(record.summary["test_accuracy"] is not None for record in records)
+        by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] if tested else record.value for record in records}
         known = [value for value in by_seed.values() if value is not None]
+        mean = statistics.fmean(known) if known else None
         found.append(
             {
                 "source": source,
                 "rank": ranks[source],
                 "method": records[0].method,
                 "seeds": len(records),
-                "test_accuracy": statistics.fmean(known) if known else None,
+                "measure": "test" if tested else "val",
+                "test_accuracy": mean if tested else None,
+                "mean": mean,
                 "standard_error": mean_and_error(known)[1] if len(known) > 1 else None,
                 "by_seed": {str(seed): by_seed[seed] for seed in sorted(by_seed)},
                 "params": {name: value for name, value in records[0].params.items() if name != "method"},
@@ -165,20 +180,23 @@ def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
 
 def retrain_text(ledger: Ledger) -> str:
     """The retrained configurations as a table."""
+    board = retrain_rows(ledger)
     lines = [
         [
             str(row["rank"]),
             str(row["source"]),
             row["method"],
             str(row["seeds"]),
-            percent(row["test_accuracy"]),
+            percent(row["mean"]),
             percent(row["standard_error"]),
             _params(row),
         ]
-        for row in retrain_rows(ledger)
+        for row in board
     ]
-    header = ("rank", "trial", "method", "seeds", "test", "+-", "parameters")
-    return text_table(header, lines) + "\ntest: clean test accuracy %, mean over the seeds; +-: its standard error"
+    measure = board[0]["measure"] if board else "test"
+    header = ("rank", "trial", "method", "seeds", measure, "+-", "parameters")
+    meaning = {"test": "clean test accuracy", "val": "noisy validation accuracy (there are no clean test labels)"}[measure]
+    return f"{text_table(header, lines)}\n{measure}: {meaning} %, mean over the seeds; +-: its standard error"
 
 
 def sweep_lines(storage: Path) -> list[str]:
