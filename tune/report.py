@@ -146,8 +146,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
     """One row per retrained configuration, in the order of the sweep's leaderboard, which ``rank`` is the place in.
 
-    ``measure`` says what the mean and ``by_seed`` are: clean test accuracy, or noisy validation accuracy where there are no clean
-    test labels. None where a mean or its error is not known.
+    ``measure`` says what the mean and ``by_seed`` are: clean test accuracy, or noisy validation accuracy where there are no
+    clean test labels. None where a mean or its error is not known.
     """
     searched = Ledger(ledger.sweep, read_only=True)
     ranks = {record.number: rank for rank, record in enumerate(searched.leaderboard(), 1)}
