@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of uint8 images, with random numbers per sample and no loop over samples."""
+"""The views of a batch: what a network sees of uint8 images, plainly and after random changes."""
 
 from __future__ import annotations
 
@@ -6,56 +6,109 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from data import augment
 
 View = Callable[[Tensor], Tensor]
 
 
-def make_views(mean: Sequence[float], std: Sequence[float], image_size: int) -> tuple[View, View, View]:
-    """The views (plain, weak, strong): uint8 [B, C, H, W] -> float32 [B, C, H, W], ``(images / 255 - mean) / std``.
+def make_views(
+    mean: Sequence[float], std: Sequence[float], image_size: int, kind: str = "shift", input_size: int = 0
+) -> tuple[View, View, View]:
+    """The views (plain, weak, strong): uint8 [B, C, S, S] -> float32 [B, C, T, T], ``(images / 255 - mean) / std``.
 
-    Weak: each sample shifted by -p..p pixels, uniformly and independently in both directions, with ``p = max(1, image_size //
-    8)``; what moves in has pixel value 0 before normalisation. Strong: shifted by -2p..2p, then one square of side
-    ``max(2, image_size // 4)``, anywhere within the image, set to the channel mean. ``mean`` and ``std`` are per channel, of
-    images / 255. Random numbers come from torch's default generator of the images' device.
+    S is ``image_size``, at least 4; T is ``input_size``, or S where that is 0. ``kind`` is one of ``VIEWS``, which say what is
+    done before. ``mean`` and ``std`` are per channel, of images / 255. Random numbers come from torch's default generators and
+    are drawn per sample. ValueError for a kind that is not known, and for an ``input_size`` that it cannot make.
     """
-    reach = max(1, image_size // 8)
-    side = max(2, image_size // 4)
+    if kind not in VIEWS:
+        raise ValueError(f"unknown views {kind!r}; known are {', '.join(VIEWS)}")
     constants: dict[torch.device, tuple[Tensor, Tensor]] = {}  # pixel mean and standard deviation [C, 1, 1] by device
 
-    def plain(images: Tensor) -> Tensor:
+    def normalise(images: Tensor) -> Tensor:
         if images.device not in constants:
             scaled = 255 * torch.tensor([mean, std], dtype=torch.float64)
-            centre, spread = scaled[:, :, None, None].to(images.device, torch.float32)
+            centre, spread = scaled[:, :, None, None].to(images.device, torch.float32, non_blocking=True)
             constants[images.device] = (centre, spread)
         centre, spread = constants[images.device]
         return (images - centre).div_(spread)
 
+    return VIEWS[kind](normalise, image_size, input_size or image_size)
+
+
+def _shift(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
+    """For small images whose left is not their right, digits for one. Everything is in proportion to the image's size.
+
+    Weak: shifted by -p..p pixels in both directions, with ``p = max(1, image_size // 8)``; what moves in has pixel value 0
+    before normalisation. Strong: shifted by -2p..2p, then one square of side ``max(2, image_size // 4)``, anywhere within the
+    image, set to the channel mean.
+    """
+    _keeps_size("shift", image_size, input_size)
+    reach, side = max(1, image_size // 8), max(2, image_size // 4)
+
     def weak(images: Tensor) -> Tensor:
-        return plain(shift(images, reach))
+        return normalise(augment.shift(images, reach))
 
     def strong(images: Tensor) -> Tensor:
-        return erase(plain(shift(images, 2 * reach)), side)
+        return augment.erase(normalise(augment.shift(images, 2 * reach)), side)
+
+    return normalise, weak, strong
+
+
+def _flip_crop(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
+    """CIFAR's. Weak: shifted by -p..p (4 at 32 pixels), as above, and flipped left to right or not.
+
+    Strong: weak, then RandAugment (2 operations, magnitude 10 of 0..30), then a square of half the image's side set to the
+    channel mean. It lies within the image, as torchvision's RandomErasing has it; Cutout (DeVries and Taylor 2017) lets it
+    hang over the border.
+    """
+    _keeps_size("flip-crop", image_size, input_size)
+    reach, side = max(1, image_size // 8), image_size // 2
+
+    def moved(images: Tensor) -> Tensor:
+        return augment.flip(augment.shift(images, reach))
+
+    def weak(images: Tensor) -> Tensor:
+        return normalise(moved(images))
+
+    def strong(images: Tensor) -> Tensor:
+        return augment.erase(normalise(augment.rand_augment(moved(images))), side)
+
+    return normalise, weak, strong
+
+
+def _imagenet(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
+    """For photographs that are stored larger than the network's input.
+
+    Plain: the middle. Weak: any part of that size, flipped or not. Strong: a part of 0.2 to 1 of the area and width 3/4 to 4/3
+    of height, resized, flipped or not; with probability 0.8 brightness, contrast and saturation times 0.6..1.4 and hue turned
+    by up to a tenth; grey with probability 0.2.
+    """
+    if input_size > image_size:
+        raise ValueError(
+            f"views 'imagenet' cut {input_size} pixels from images of {image_size}; at most {image_size} are there"
+        )
+
+    def plain(images: Tensor) -> Tensor:
+        return normalise(augment.centre_crop(images, input_size))
+
+    def weak(images: Tensor) -> Tensor:
+        return normalise(augment.flip(augment.crop(images, input_size, input_size)))
+
+    def strong(images: Tensor) -> Tensor:
+        parts = augment.flip(augment.resized_crop(images, input_size, scale=(0.2, 1.0)))
+        return normalise(augment.grey(augment.colour_jitter(parts, (0.4, 0.4, 0.4, 0.1), probability=0.8), probability=0.2))
 
     return plain, weak, strong
 
 
-def shift(images: Tensor, reach: int) -> Tensor:
-    """Moves each image of [B, C, H, W] by its own -reach..reach pixels in both directions; zeros move in."""
-    num_images, channels, height, width = images.shape
-    padded = functional.pad(images, (reach, reach, reach, reach)).flatten(2)
-    corner = torch.randint(2 * reach + 1, (2, num_images, 1), device=images.device)
-    rows = corner[0] + torch.arange(height, device=images.device)
-    columns = corner[1] + torch.arange(width, device=images.device)
-    index = (rows[:, :, None] * (width + 2 * reach) + columns[:, None, :]).view(num_images, 1, height * width)
-    return padded.gather(2, index.expand(-1, channels, -1)).view(images.shape)
+def _keeps_size(kind: str, image_size: int, input_size: int) -> None:
+    if input_size != image_size:
+        raise ValueError(f"views {kind!r} keep the size of images, {image_size}; input_size is {input_size}")
 
 
-def erase(images: Tensor, side: int) -> Tensor:
-    """Sets one square per image of [B, C, H, W] to 0, in place; its place is uniform over those within the image."""
-    num_images, _, height, width = images.shape
-    top = torch.randint(height - side + 1, (num_images, 1), device=images.device)
-    left = torch.randint(width - side + 1, (num_images, 1), device=images.device)
-    row, column = torch.arange(height, device=images.device) - top, torch.arange(width, device=images.device) - left
-    inside = ((row >= 0) & (row < side))[:, :, None] & ((column >= 0) & (column < side))[:, None, :]
-    return images.masked_fill_(inside[:, None], 0.0)
+VIEWS: dict[str, Callable[[View, int, int], tuple[View, View, View]]] = {
+    "shift": _shift,
+    "flip-crop": _flip_crop,
+    "imagenet": _imagenet,
+}

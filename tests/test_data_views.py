@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from data.views import make_views
+from data import augment
+from data.views import VIEWS, make_views
 
 MEAN, STD = (0.3, 0.5), (0.2, 0.4)
 
@@ -118,3 +119,129 @@ def test_strong_shifts_and_squares_are_uniform_and_drawn_apart() -> None:
     drawn = same.int().argmax(dim=1)
     below, right = drawn // 5 - 2, corner // 8 - 3
     assert abs(torch.corrcoef(torch.stack([below, right]).double())[0, 1]) < 4 / 50_000**0.5
+
+
+def test_shifts_are_one_block_of_draws_rows_first() -> None:
+    """What trials of earlier versions were trained on."""
+    images = random_images(20, 8)
+    torch.manual_seed(0)
+    view = make_views(MEAN, STD, 8)[1](images)
+    torch.manual_seed(0)
+    corner = torch.randint(3, (2, 20, 1))[:, :, 0].T.tolist()
+    expected = torch.stack([shifted(image, 1, row, column) for image, (row, column) in zip(images, corner, strict=True)])
+    assert torch.allclose(view.double(), normalised(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "reach"), [(32, 4), (8, 1), (4, 1)])
+def test_flip_crop_weak_is_a_shift_and_a_flip_of_each_sample(size: int, reach: int) -> None:
+    images = random_images(200, size)
+    torch.manual_seed(0)
+    plain, weak, _ = make_views(MEAN, STD, size, "flip-crop")
+    assert torch.equal(plain(images), make_views(MEAN, STD, size)[0](images))
+    view = weak(images)
+    straight, mirrored = matches(view, images, reach), matches(view.flip(3), images, reach)
+    assert (straight.sum(dim=1) + mirrored.sum(dim=1)).tolist() == [1] * 200
+    assert 70 < mirrored.sum() < 130  # of 200 halves, 4 deviations
+    rows = (straight | mirrored).int().argmax(dim=1) // (2 * reach + 1)
+    assert rows.unique().tolist() == list(range(2 * reach + 1))
+
+
+def test_flip_crop_strong_is_weak_then_two_operations_of_magnitude_10_and_a_square() -> None:
+    images = torch.cat([random_images(50, 32), random_images(50, 32, seed=1)[:, :1]], dim=1)
+    means, deviations = (0.3, 0.5, 0.7), (0.2, 0.4, 0.3)
+    plain, weak, strong = make_views(means, deviations, 32, "flip-crop")
+    torch.manual_seed(0)
+    view = strong(images)
+    torch.manual_seed(0)
+    moved = augment.flip(augment.shift(images, 4))
+    changed = plain(augment.rand_augment(moved, num_ops=2, magnitude=10, bins=31))
+    # means times 255 are no whole numbers, so that 0 is where the square is
+    erased = view.eq(0).all(dim=1)
+    for sample in erased:
+        rows, columns = sample.nonzero().unbind(dim=1)
+        assert len(rows) == 256
+        assert int(rows.max() - rows.min()) == int(columns.max() - columns.min()) == 15
+    assert torch.equal(view, changed.masked_fill(erased[:, None], 0.0))
+    torch.manual_seed(0)
+    assert torch.equal(weak(images), plain(moved))
+
+
+@pytest.mark.parametrize(("size", "input_size"), [(12, 9), (9, 6), (16, 16), (5, 4)])
+def test_imagenet_plain_is_the_middle_and_weak_any_part(size: int, input_size: int) -> None:
+    images = random_images(1, size).expand(1500, -1, -1, -1)
+    plain, weak, strong = make_views(MEAN, STD, size, "imagenet", input_size)
+    margin = size - input_size
+    parts = images[:1].unfold(2, input_size, 1).unfold(3, input_size, 1).flatten(2, 3)[0].transpose(0, 1)
+    middle = round(margin / 2)
+    assert torch.allclose(plain(images[:1])[0].double(), normalised(parts[middle * (margin + 1) + middle]), atol=1e-5)
+    torch.manual_seed(0)
+    view = weak(images)
+    candidates = normalised(torch.cat([parts, parts.flip(3)])).float()
+    same = (view[:, None] - candidates).abs().flatten(2).amax(dim=2) < 1e-4
+    assert same.sum(dim=1).eq(1).all()
+    assert chi_square(same.sum(dim=0)) < {2: 10.8, 8: 26.1, 32: 62.5}[len(candidates)]  # p = 0.001
+    assert strong(images[:4]).shape == (4, 2, input_size, input_size)
+
+
+def test_imagenet_without_an_input_size_keeps_that_of_the_images() -> None:
+    images = random_images(3, 8)
+    for view, other in zip(make_views(MEAN, STD, 8, "imagenet"), make_views(MEAN, STD, 8, "imagenet", 8), strict=True):
+        torch.manual_seed(0)
+        made = view(images)
+        torch.manual_seed(0)
+        assert torch.equal(made, other(images))
+        assert made.shape == images.shape
+
+
+def test_imagenet_strong_draws_colours_with_its_probabilities() -> None:
+    """On images of one colour, which no crop and no flip changes."""
+    colour = torch.tensor([120, 90, 60], dtype=torch.uint8)
+    images = colour[:, None, None].expand(6000, 3, 8, 8)
+    strong = make_views((0.0,) * 3, (1.0,) * 3, 8, "imagenet", 6)[2]
+    torch.manual_seed(0)
+    made = (255 * strong(images)).round()
+    assert (made == made[:, :, :1, :1]).all()
+    made = made[:, :, 0, 0]
+    is_grey = (made == made[:, :1]).all(dim=1)
+    assert abs(is_grey.float().mean() - 0.2) < 4 * (0.2 * 0.8 / 6000) ** 0.5
+    assert abs((made == colour).all(dim=1).float().mean() - 0.16) < 4 * (0.16 * 0.84 / 6000) ** 0.5
+    # its hue is 30 degrees, which are turned by -36..36 in 0.8 of the cases; past 60 green is the largest
+    leads = made[~is_grey].argmax(dim=1).bincount(minlength=3) / (~is_grey).sum()
+    assert abs(leads[1] - 0.8 * 6 / 72) < 0.015
+    assert leads[2] == 0
+
+
+def test_imagenet_strong_is_a_resized_part_a_flip_and_colours() -> None:
+    images = torch.randint(256, (40, 3, 20, 20), dtype=torch.uint8)
+    plain, _, strong = make_views((0.3,) * 3, (0.2,) * 3, 20, "imagenet", 16)
+    torch.manual_seed(0)
+    view = strong(images)
+    torch.manual_seed(0)
+    parts = augment.flip(augment.resized_crop(images, 16, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)))
+    changed = augment.grey(augment.colour_jitter(parts, (0.4, 0.4, 0.4, 0.1), 0.8), 0.2)
+    assert torch.equal(view, plain(changed))
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("size", [4, 5, 8, 28])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_every_kind_takes_any_size_and_number_of_channels(kind: str, size: int, channels: int) -> None:
+    images = torch.randint(256, (7, channels, size, size), dtype=torch.uint8)
+    kept = images.clone()
+    for view in make_views([0.4] * channels, [0.2] * channels, size, kind):
+        made = view(images)
+        assert made.shape == images.shape
+        assert made.dtype == torch.float32
+        assert made.isfinite().all()
+        assert torch.equal(images, kept)
+
+
+def test_what_cannot_be_made_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'flipped'; known are shift, flip-crop, imagenet"):
+        make_views(MEAN, STD, 8, "flipped")
+    for kind in ("shift", "flip-crop"):
+        with pytest.raises(ValueError, match=rf"'{kind}' keep the size of images, 8; input_size is 6"):
+            make_views(MEAN, STD, 8, kind, 6)
+        assert make_views(MEAN, STD, 8, kind, 8)[0](random_images(2, 8)).shape == (2, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"9 pixels from images of 8"):
+        make_views(MEAN, STD, 8, "imagenet", 9)
