@@ -82,7 +82,7 @@ def load(
     ValueError for an unknown name, noise that does not fit the source, or numbers that leave too little.
     """
     source = find_source(data, options)
-    wanted = _complete(parse_noise(noise), source)
+    wanted = parse_noise(noise).completed(source.maps)
     table = open_table(source)
     split = _split(source, table, seed, validation_fraction, test_fraction)
     split = _set_trusted_aside(split, table, source, seed, num_trusted)
@@ -108,20 +108,14 @@ def load(
     )
 
 
-def _complete(noise: Noise, source: Source) -> Noise:
-    """Asymmetric noise without a map takes the source's first."""
-    if noise.kind == "asymmetric" and not noise.mapping and source.maps:
-        return dataclasses.replace(noise, mapping=tuple(next(iter(source.maps.values())).items()))
-    return noise
-
-
 def _given_labels(table: Table, noise: Noise, rows: Tensor, source: Source, noise_seed: int) -> Tensor:
     """The labels of ``rows``: the source's own where it has some and no noise is asked for, else the corrupted truth."""
     if noise.kind == "none" and table.given is not None:
         return table.given[rows]
     if table.truth is None or bool((table.truth[rows] < 0).any()):
         raise ValueError(f"noise '{noise}': data set {source.name!r} has no clean labels to corrupt; only none is allowed")
-    return corrupt(table.truth[rows], noise, table.num_classes, generator("noise", stream(source), str(noise), noise_seed))
+    random = generator("noise", stream(source), str(noise), noise_seed)
+    return corrupt(table.truth[rows], noise, table.num_classes, random, lambda index: table.images[rows[index]])
 
 
 def stream(source: Source) -> str:

@@ -2,20 +2,29 @@
 
 Two conventions of symmetric noise are in use. Here the true class is excluded unless ``include-true`` is written, so that a
 nominal rate of 0.4 is a realised rate of 0.4; with the true class included, as in the code of DivideMix and ELR, the realised
-rate is about ``rate * (K - 1) / K``. Asymmetric noise flips one class to a class that is easily confused with it.
+rate is about ``rate * (K - 1) / K``. Asymmetric noise flips one class to a class that is easily confused with it; pair noise is
+asymmetric noise that flips every class to the next. Instance-dependent noise depends on the image, see :func:`instance_labels`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-KINDS = ("none", "symmetric", "asymmetric")
-FORMS = "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE or asymmetric:RATE:7>1,2>7"
+KINDS = ("none", "symmetric", "asymmetric", "pair", "instance")
+FORMS = (
+    "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE, asymmetric:RATE:MAP, asymmetric:RATE:7>1,2>7, "
+    "pair:RATE or instance:RATE"
+)
+SPREAD = 0.1  # standard deviation of the flip probabilities of instance-dependent noise
+CHUNK_VALUES = 2**22  # pixels that are looked at in one go: 32 MB
+Images = Callable[[Tensor], Tensor]  # rows int64 [b] of those that are corrupted -> their images, uint8 [b, C, H, W]
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,10 @@ class Noise:
     """What is done to clean labels; ``str`` gives the text that :func:`parse_noise` reads."""
 
     kind: str  # one of KINDS
-    rate: float = 0.0  # share of the samples (symmetric) or of each source class (asymmetric) that is drawn, in [0, 1)
+    rate: float = 0.0  # share of the samples, or of each source class (asymmetric, pair), that is drawn, in [0, 1)
     include_true: bool = False  # symmetric: a drawn sample may get its true class again
-    mapping: tuple[tuple[int, int], ...] = ()  # asymmetric: (class, class it flips to); empty: the data set's own map
+    mapping: tuple[tuple[int, int], ...] = ()  # asymmetric: (class, class it flips to); empty: a map of the data set
+    map_name: str = ""  # which of them; empty: the first
 
     def __str__(self) -> str:
         if self.kind == "none":
@@ -34,7 +44,19 @@ class Noise:
         text = f"{self.kind}:{short if float(short) == self.rate else repr(self.rate)}"
         if self.include_true:
             return text + ":include-true"
+        if self.map_name:
+            return f"{text}:{self.map_name}"
         return text + (":" + ",".join(f"{source}>{target}" for source, target in self.mapping) if self.mapping else "")
+
+    def completed(self, maps: Mapping[str, Mapping[int, int]]) -> Noise:
+        """With the map of classes that is named, or else the first, where none is written. ValueError for an unknown name."""
+        if self.kind != "asymmetric" or self.mapping or not (maps or self.map_name):
+            return self
+        name = self.map_name or next(iter(maps))
+        if name not in maps:
+            known = f"known are {', '.join(maps)}" if maps else "this data set has none; write one, as in 7>1,2>7"
+            raise ValueError(f"noise '{self}': unknown map {name!r}; {known}")
+        return replace(self, mapping=tuple(maps[name].items()), map_name="")
 
 
 def parse_noise(text: str) -> Noise:
@@ -55,10 +77,13 @@ def parse_noise(text: str) -> Noise:
     if len(parts) == 1:
         return Noise(kind, rate)
     if kind == "asymmetric":
+        if re.fullmatch("[a-z][a-z0-9-]*", parts[1]):
+            return Noise(kind, rate, map_name=parts[1])
         return Noise(kind, rate, mapping=_parse_mapping(text, parts[1]))
-    if parts[1] != "include-true":
-        raise ValueError(f"noise {text!r}: {parts[1]!r} is not allowed after a symmetric rate; only include-true is")
-    return Noise(kind, rate, include_true=True)
+    if kind == "symmetric" and parts[1] == "include-true":
+        return Noise(kind, rate, include_true=True)
+    allowed = "only include-true is" if kind == "symmetric" else "nothing is"
+    raise ValueError(f"noise {text!r}: {parts[1]!r} is not allowed after {kind}:RATE; {allowed}")
 
 
 def _parse_mapping(text: str, words: str) -> tuple[tuple[int, int], ...]:
@@ -76,12 +101,13 @@ def _parse_mapping(text: str, words: str) -> tuple[tuple[int, int], ...]:
     return tuple(mapping.items())
 
 
-def corrupt(truth: Tensor, noise: Noise, num_classes: int, generator: torch.Generator) -> Tensor:
-    """New labels, int64 [N], drawn from the clean labels ``truth``, int64 [N], which stay as they are.
+def corrupt(truth: Tensor, noise: Noise, num_classes: int, generator: torch.Generator, images: Images | None = None) -> Tensor:
+    """New labels, int64 [N], drawn from the clean labels ``truth``, int64 [N] in 0..K-1, which stay as they are.
 
     Symmetric: exactly ``round(rate * N)`` samples are drawn and relabelled uniformly over the other K - 1 classes, or over all
     K where the true class is included. Asymmetric: of each class ``c`` of the map, exactly ``round(rate * n_c)`` flip; who
-    flips is read off the clean labels only, so that no label flips twice. ``round`` is Python's, halves to even.
+    flips is read off the clean labels only, so that no label flips twice. Pair: the same with the map ``c -> (c + 1) % K``.
+    ``round`` is Python's, halves to even. Instance: see :func:`instance_labels`, for which alone ``images`` are looked at.
     ValueError where the map is missing or names a class outside 0..K-1.
     """
     labels = truth.clone()
@@ -92,16 +118,60 @@ def corrupt(truth: Tensor, noise: Noise, num_classes: int, generator: torch.Gene
         else:
             offset = torch.randint(1, num_classes, (len(rows),), generator=generator)
             labels[rows] = (truth[rows] + offset) % num_classes
-    elif noise.kind == "asymmetric":
-        if not noise.mapping:
-            raise ValueError(f"noise '{noise}' needs a map of classes here; write one, as in {noise}:7>1,2>7")
-        for name in (name for flip in noise.mapping for name in flip):
-            if not 0 <= name < num_classes:
-                raise ValueError(f"noise '{noise}': class {name} does not exist; classes are 0..{num_classes - 1}")
-        for source, target in noise.mapping:
+    elif noise.kind == "instance":
+        assert images is not None, "instance-dependent noise looks at the images"
+        labels = instance_labels(images, truth, noise.rate, num_classes, generator)
+    elif noise.kind in ("asymmetric", "pair"):
+        for source, target in _flips(noise, num_classes):
             members = (truth == source).nonzero().squeeze(1)
             order = torch.randperm(len(members), generator=generator)
             labels[members[order[: round(noise.rate * len(members))]]] = target
+    return labels
+
+
+def _flips(noise: Noise, num_classes: int) -> tuple[tuple[int, int], ...]:
+    """(class, class it flips to) of asymmetric and of pair noise."""
+    if noise.kind == "pair":
+        return tuple((source, (source + 1) % num_classes) for source in range(num_classes))
+    if not noise.mapping:
+        raise ValueError(f"noise '{noise}' needs a map of classes here; write one, as in {noise}:7>1,2>7")
+    for name in (name for flip in noise.mapping for name in flip):
+        if not 0 <= name < num_classes:
+            raise ValueError(f"noise '{noise}': class {name} does not exist; classes are 0..{num_classes - 1}")
+    return noise.mapping
+
+
+def instance_labels(images: Images, truth: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Instance-dependent label noise as Xia et al. 2020 draw it (arXiv 2006.07836): int64 [N] from ``truth``, int64 [N].
+
+    Sample i flips with probability ``q_i``, from a normal distribution of mean ``rate`` and standard deviation 0.1 that is cut
+    to [0, 1]. To what is drawn from ``softmax(x_i W_y)`` over the classes other than its own, y, where ``x_i`` are its pixels
+    and ``W_y``, [pixels, K], is standard normal, one for each y. So the mean of ``q`` is a little over small rates (0.206 for
+    0.2, 0.129 for 0.1), and the count is not exact. Rate 0 flips nothing.
+
+    The official code takes pixels as they come, 0..255: their mean, which all images share, then decides between the classes,
+    and images of one class mostly flip to the same one. Here each image is scaled to mean 0 and standard deviation 1 first, so
+    that it is the picture that decides; pixels / 255 or not makes no difference then. In float64, so that another machine's
+    rounding draws the same labels; memory is that of a few thousand images and one ``W_y``.
+    """
+    if rate == 0:
+        return truth.clone()
+    labels = truth.clone()
+    low, high = (0.5 * (1 + math.erf((bound - rate) / SPREAD / math.sqrt(2))) for bound in (0, 1))
+    uniform, choice = torch.rand(2, len(truth), generator=generator, dtype=torch.float64)
+    flips = (rate + SPREAD * torch.special.ndtri(low + (high - low) * uniform)).clamp(0, 1)
+    num_pixels = images(torch.zeros(1, dtype=torch.int64)).numel()
+    for label in range(num_classes):
+        weights = torch.randn(num_pixels, num_classes, generator=generator, dtype=torch.float64)
+        members = (truth == label).nonzero().squeeze(1)
+        for rows in members.split(max(1, CHUNK_VALUES // num_pixels)):  # type: ignore[no-untyped-call]
+            pixels = images(rows).flatten(1).double()
+            centred = pixels - pixels.mean(dim=1, keepdim=True)
+            scores = centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12) @ weights
+            scores[:, label] = -math.inf
+            share = flips[rows, None] * scores.softmax(dim=1)
+            share[:, label] = 1 - flips[rows]
+            labels[rows] = torch.searchsorted(share.cumsum(dim=1), choice[rows, None]).squeeze(1).clamp(max=num_classes - 1)
     return labels
 
 

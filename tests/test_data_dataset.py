@@ -192,8 +192,8 @@ def test_too_few_samples_are_refused() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown data set 'x'"):
         load("x", "none", seed=0, noise_seed=0)
-    with pytest.raises(ValueError, match="unknown kind 'pair'"):
-        digits("pair:0.4")
+    with pytest.raises(ValueError, match="unknown kind 'flip'"):
+        digits("flip:0.4")
 
 
 def annotated(name: str, clean: torch.Tensor | None, split: torch.Tensor | None = None) -> Source:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from data.noise import Noise, corrupt, parse_noise, report
+from data.dataset import load
+from data.noise import Noise, corrupt, instance_labels, parse_noise, report
 from data.seeds import generator
 
 
@@ -30,6 +31,9 @@ def stream(seed: int = 0) -> torch.Generator:
         ("symmetric:0.4:include-true", Noise("symmetric", 0.4, include_true=True)),
         ("asymmetric:0.4", Noise("asymmetric", 0.4)),
         ("asymmetric:0.4:7>1,2>7", Noise("asymmetric", 0.4, mapping=((7, 1), (2, 7)))),
+        ("asymmetric:0.4:superclass", Noise("asymmetric", 0.4, map_name="superclass")),
+        ("pair:0.4", Noise("pair", 0.4)),
+        ("instance:0.4", Noise("instance", 0.4)),
     ],
 )
 def test_noise_is_read_and_written_back(text: str, noise: Noise) -> None:
@@ -41,7 +45,11 @@ def test_noise_is_read_and_written_back(text: str, noise: Noise) -> None:
 @pytest.mark.parametrize(
     ("text", "offending", "allowed"),
     [
-        ("pair:0.4", "'pair'", "write none, symmetric:RATE"),
+        ("flip:0.4", "'flip'", "write none, symmetric:RATE"),
+        ("pair", "'pair'", "write none, symmetric:RATE"),
+        ("pair:0.4:1>2", "'1>2'", "nothing is"),
+        ("instance:0.4:0", "'0'", "nothing is"),
+        ("asymmetric:0.4:Super", "'Super'", "FROM>TO"),
         ("", "''", "write none, symmetric:RATE"),
         ("none:0.4", "'none:0.4'", "write none, symmetric:RATE"),
         ("symmetric", "'symmetric'", "write none, symmetric:RATE"),
@@ -158,6 +166,110 @@ def test_a_map_outside_the_classes_or_missing_is_refused() -> None:
         corrupt(truth, parse_noise("asymmetric:0.4"), 10, stream())
 
 
+def test_a_map_is_taken_by_its_name_or_is_the_first() -> None:
+    maps = {"ring": {0: 1, 1: 2, 2: 0}, "swap": {0: 1, 1: 0}}
+    first, second = (Noise("asymmetric", 0.4, mapping=mapping) for mapping in (((0, 1), (1, 2), (2, 0)), ((0, 1), (1, 0))))
+    assert parse_noise("asymmetric:0.4").completed(maps) == first
+    assert parse_noise("asymmetric:0.4:ring").completed(maps) == first
+    assert parse_noise("asymmetric:0.4:swap").completed(maps) == second
+    own, other = parse_noise("asymmetric:0.4:2>1"), parse_noise("symmetric:0.4")
+    assert own.completed(maps) is own
+    assert other.completed(maps) is other
+    with pytest.raises(ValueError, match=r"^noise 'asymmetric:0.4:rings': unknown map 'rings'; known are ring, swap$"):
+        parse_noise("asymmetric:0.4:rings").completed(maps)
+    with pytest.raises(
+        ValueError, match=r"^noise 'asymmetric:0.4:ring': unknown map 'ring'; this data set has none; write one"
+    ):
+        parse_noise("asymmetric:0.4:ring").completed({})
+
+
+def test_pair_flips_each_class_to_the_next_by_its_own_count() -> None:
+    # round(0.45 * 10) = round(4.5) = 4, round(0.45 * 5) = round(2.25) = 2, round(0.45 * 20) = 9
+    truth = torch.tensor([0] * 10 + [1] * 5 + [2] * 20)[torch.randperm(35, generator=stream())]
+    labels = corrupt(truth, Noise("pair", 0.45), 3, stream())
+    expected = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.6, 0.4], [0.45, 0.0, 0.55]], dtype=torch.float64)
+    assert torch.equal(report(truth, labels, 3).matrix, expected)
+    ring = Noise("asymmetric", 0.45, mapping=((0, 1), (1, 2), (2, 0)))
+    assert torch.equal(labels, corrupt(truth, ring, 3, stream()))
+
+
+def pictures(num: int, seed: int = 0) -> Tensor:
+    """Half of them nearly alike, with a bright ground; uint8 [num, 3, 4, 4]."""
+    found = torch.randint(256, (num, 3, 4, 4), generator=stream(seed), dtype=torch.uint8)
+    found[::2] = 200 + found[::2] // 8
+    return found
+
+
+def test_instance_noise_has_the_rate_of_its_truncated_normal() -> None:
+    # 20,000 draws of a flip with probability q: standard deviation of their mean at most 0.0035
+    truth, images = torch.arange(20_000) % 5, pictures(20_000)
+    for rate, mean in ((0.05, 0.1009), (0.2, 0.2055), (0.4, 0.4), (0.6, 0.6)):
+        labels = corrupt(truth, Noise("instance", rate), 5, stream(), images.__getitem__)
+        found = report(truth, labels, 5)
+        assert found.realised_rate == pytest.approx(mean, abs=4 * 0.0035)
+        assert found.matrix.diagonal().tolist() == pytest.approx([1 - mean] * 5, abs=4 * 0.008)  # of each class alike
+        assert 0 <= int(labels.min()) <= int(labels.max()) < 5
+    assert torch.equal(corrupt(truth, Noise("instance", 0.0), 5, stream(), images.__getitem__), truth)
+
+
+def test_instance_noise_is_spread_as_the_formula_says() -> None:
+    # one image in all rows: its class flips to each other class as softmax(x W) says, x of mean 0 and standard deviation 1
+    image = torch.tensor([[[[0, 40], [90, 30]]]], dtype=torch.uint8)
+    truth = torch.full((40_000,), 1)
+    labels = instance_labels(lambda rows: image.expand(len(rows), -1, -1, -1), truth, 0.5, 3, stream(6))
+    random = stream(6)
+    torch.rand(2, 40_000, generator=random, dtype=torch.float64)
+    _, weights = (torch.randn(4, 3, generator=random, dtype=torch.float64) for _ in range(2))
+    scaled = (image.double().flatten() - 40) / (1050**0.5)  # mean 40, variance (1600 + 0 + 2500 + 100) / 4
+    odds = (scaled @ weights)[[0, 2]].exp()
+    flipped = torch.bincount(labels, minlength=3).double()
+    assert 0.05 < float(odds[0] / odds.sum()) < 0.95  # both happen
+    assert float(flipped[0] / (flipped[0] + flipped[2])) == pytest.approx(
+        float(odds[0] / odds.sum()), abs=4 * 0.5 / 20_000**0.5
+    )
+
+
+def test_instance_noise_depends_on_the_image_not_on_its_brightness() -> None:
+    def to(images: Tensor) -> Tensor:
+        """How often each image, given 2,000 times as class 0, becomes each of four classes, with one W."""
+        repeated = images.repeat_interleave(2000, dim=0)
+        labels = instance_labels(repeated.__getitem__, torch.zeros(len(repeated), dtype=torch.int64), 0.5, 4, stream())
+        return torch.stack([torch.bincount(part, minlength=4) for part in labels.split(2000)]) / 2000
+
+    images = pictures(8) // 2
+    shares = to(torch.cat([images, images + 60]))
+    assert shares[:, 0].tolist() == pytest.approx([0.5] * 16, abs=0.05)
+    assert torch.allclose(shares[:8], shares[8:], rtol=0, atol=0.06)
+    assert len(shares[:8, 1:].argmax(dim=1).unique()) > 1  # what they become differs from image to image
+
+
+def test_instance_noise_is_a_function_of_its_stream_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, images, asked = torch.arange(300) % 3, pictures(300), []
+
+    def look(rows: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return images[rows]
+
+    labels = corrupt(truth, Noise("instance", 0.4), 3, stream(1), look)
+    assert max(asked) == 100
+    assert not torch.equal(labels, corrupt(truth, Noise("instance", 0.4), 3, stream(2), look))
+    asked.clear()
+    monkeypatch.setattr("data.noise.CHUNK_VALUES", 7 * 48)
+    assert torch.equal(labels, corrupt(truth, Noise("instance", 0.4), 3, stream(1), look))
+    assert max(asked) == 7
+
+
+def test_only_instance_noise_looks_at_images() -> None:
+    def look(rows: Tensor) -> Tensor:
+        raise AssertionError(f"asked for {rows}")
+
+    truth = torch.arange(20) % 4
+    for text in ("none", "symmetric:0.4", "symmetric:0.4:include-true", "asymmetric:0.4:0>1", "pair:0.4", "instance:0"):
+        noise = parse_noise(text)
+        labels = corrupt(truth, noise, 4, stream(), look)
+        assert bool((labels != truth).any()) == (noise.rate > 0)
+
+
 def test_report_agrees_with_sklearn() -> None:
     truth = torch.randint(6, (500,), generator=stream(1))
     labels = torch.randint(6, (500,), generator=stream(2))
@@ -169,3 +281,11 @@ def test_report_agrees_with_sklearn() -> None:
     assert torch.equal(found.matrix[:, 6], torch.zeros(7, dtype=torch.float64))
     assert found.realised_rate == sum(a != b for a, b in zip(truth.tolist(), labels.tolist(), strict=True)) / 500
     assert found.label_checksum == hashlib.sha256(struct.pack("<500q", *labels.tolist())).hexdigest()
+
+
+def test_instance_noise_on_a_data_set() -> None:
+    first, second = (load("digits", "instance:0.3", seed=0, noise_seed=0, validation_fraction=share) for share in (0.3, 0.5))
+    assert first.noise is not None
+    assert second.noise is not None
+    assert first.noise.realised_rate == pytest.approx(0.3, abs=4 * (0.21 / 1438) ** 0.5)
+    assert first.noise.label_checksum == second.noise.label_checksum
