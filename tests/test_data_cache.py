@@ -323,5 +323,5 @@ def test_digits_are_what_scikit_learn_has() -> None:
 
 
 def test_an_unknown_source_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^unknown data set 'x'; known are digits$"):
+    with pytest.raises(ValueError, match=r"^unknown data set 'x'; known are digits, folder, manifest, "):
         find_source("x")

@@ -1,0 +1,281 @@
+"""A user's own images: a folder per class, or a list in a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import functools
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.noise import label_bytes
+from data.readers.base import TEST, TRAIN, VALIDATION, Options, RawTable, Source
+from data.readers.images import (
+    SUFFIXES,
+    Listing,
+    check_files,
+    count_channels,
+    entries,
+    files_under,
+    is_image,
+    is_inside,
+    reading,
+    shorter_side,
+)
+
+SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
+COLUMNS = ("path", "label", "truth", "split")
+LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
+WHOLE = re.compile(r"-?[0-9]{1,18}")
+log = logging.getLogger(__name__)
+
+
+def folder(argument: str, options: Options) -> Source:
+    """``folder:PATH``: one folder per class, whose sorted names are the classes, with images in it or in folders within it.
+
+    Where all folders at the top are among train, val, validation and test, these are the split, and the classes are those of
+    train. Hidden files are left out, and so are files that are no images, with a line that says how many. The labels are given
+    labels; those of test are clean, too. ValueError where a class is empty or in test only.
+    """
+    path = _path("folder", argument, "PATH")
+    if not path.is_dir():
+        raise ValueError(f"data set folder:{path}: there is no such folder")
+    return _source("folder", path, path, lambda: _first_in_folder(path), lambda: _read_folder(path), options)
+
+
+def manifest(argument: str, options: Options) -> Source:
+    """``manifest:FILE.csv`` with a header and the columns path, label and, where there are any, truth and split, in any order.
+
+    Paths are relative to the file's folder and stay in it. Labels are names or integers; the classes are those that occur, in
+    order. An empty truth is one that is not known. The split is train, val, validation or test; the label of a test row is its
+    clean label where it has no truth. ValueError names the line that is not so.
+    """
+    path = _path("manifest", argument, "FILE.csv")
+    if not path.is_file():
+        raise ValueError(f"data set manifest:{path}: there is no such file")
+    return _source("manifest", path, path.parent, lambda: _first_in_manifest(path), lambda: _read_manifest(path), options)
+
+
+def _path(kind: str, argument: str, form: str) -> Path:
+    if not argument:
+        raise ValueError(f"data set {kind} needs a path; write {kind}:{form}")
+    return Path(os.path.abspath(os.path.expanduser(argument)))
+
+
+def _source(
+    kind: str, path: Path, top: Path, first: Callable[[], str], read: Callable[[], Listing], options: Options
+) -> Source:
+    """What both have in common; ``first`` is the first image, within ``top``, which is asked for where no size is given."""
+    name = f"{kind}:{path}"
+    with reading(f"data set {name}"):
+        size = options.image_size or min(224, shorter_side(os.path.join(top, first())))
+    cropped = size > LARGEST_SMALL
+    stored = math.ceil(8 * size / 7) if cropped else size  # 256 for 224, as is usual for ImageNet
+
+    def listing() -> Listing:
+        with reading(f"data set {name}"):
+            found = read()
+        if len(found.classes) < 2:
+            raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
+        return found
+
+    def build() -> RawTable:
+        found = listing()
+        if found.ignored:
+            log.warning("data set %s: files that are no images are left out: %d", name, found.ignored)
+        return found.table(count_channels(found.paths), stored)
+
+    def stamp() -> str:
+        found = listing()
+        digest = hashlib.sha256(repr(found.classes).encode())
+        with reading(f"data set {name}"):
+            for image, status in ((image, os.stat(os.path.join(top, image))) for image in found.names):
+                digest.update(os.fsencode(f"{image} {status.st_size} {status.st_mtime_ns}\n"))
+        for column in (found.given, found.truth, found.split):
+            digest.update(b"|" if column is None else label_bytes(column))
+        return digest.hexdigest()
+
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem)[:40]
+    return Source(
+        name,
+        f"{kind}-{stem}-{hashlib.sha256(os.fsencode(f'{path} {size}')).hexdigest()[:8]}",
+        build,
+        defaults={
+            "noise": "none",
+            "model": "resnet50-imagenet" if cropped else "small-cnn",
+            "batch_size": 128,
+            "augmentation": "weak",
+        },
+        stream=kind,
+        stamp=stamp,
+        views="imagenet" if cropped else "flip-crop",
+        input_size=size if cropped else 0,
+        image_size=size,
+    )
+
+
+# --- a folder per class -----------------------------------------------------------------------------------------------------
+
+
+def _parts(path: Path) -> list[tuple[int, Path]]:
+    """The folders that hold the class folders, each with its part of the split, training first."""
+    tops, _ = entries(path)
+    if not tops or not all(top.name in SPLITS for top in tops):
+        return [(TRAIN, path)]
+    parts = sorted((SPLITS[top.name], top) for top in tops)
+    if parts[0][0] != TRAIN:
+        raise ValueError(f"folder {path} has {', '.join(top.name for _, top in parts)}, but no train")
+    return parts
+
+
+def _first_in_folder(path: Path) -> str:
+    _, part = _parts(path)[0]
+    for below in entries(part)[0]:
+        return str(_images(below)[0][0].relative_to(path))
+    raise ValueError(f"folder {part} has no class folders; one per class is needed")
+
+
+def _images(path: Path) -> tuple[list[Path], int]:
+    """The images of a class, and how many other files there are."""
+    files = list(files_under(path))
+    images = [file for file in files if is_image(file)]
+    if not images:
+        raise ValueError(f"class folder {path} holds no images ({', '.join(SUFFIXES)})")
+    return images, len(files) - len(images)
+
+
+def _read_folder(path: Path) -> Listing:
+    parts = _parts(path)
+    classes = tuple(below.name for below in entries(parts[0][1])[0])
+    ignored = sum(len(entries(part)[1]) for part in {path, *(part for _, part in parts)})
+    names: list[str] = []
+    labels: list[int] = []
+    split: list[int] = []
+    for kind, part in parts:
+        for below in entries(part)[0]:
+            if below.name not in classes:
+                raise ValueError(f"class folder {below}: {below.name!r} is not in train{_hint(below.name, classes)}")
+            images, others = _images(below)
+            names += [str(image.relative_to(path)) for image in images]
+            labels += [classes.index(below.name)] * len(images)
+            split += [kind] * len(images)
+            ignored += others
+    check_files(path, names, f"folder {path}")  # a link may lead nowhere
+    is_split = parts != [(TRAIN, path)]
+    return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, ignored=ignored)
+
+
+# --- a list in a CSV file ---------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    line: str  # where it is, for messages
+    path: str
+    label: str
+    truth: str = ""
+    split: str = ""
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """The rows, one by one. ValueError for what cannot be one."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, skipinitialspace=True, strict=True)
+        try:
+            columns = [column.strip() for column in next(lines, [])]
+            _check_columns(path, columns)
+            for cells in lines:
+                where = f"manifest {path}, line {lines.line_num}"
+                if not cells:
+                    continue
+                if len(cells) != len(columns):
+                    raise ValueError(f"{where}: {len(cells)} cells; the header has {len(columns)}")
+                row = Row(where, **dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
+                if not row.path or not row.label:
+                    raise ValueError(f"{where}: path and label must not be empty")
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    for column in columns:
+        if column not in COLUMNS:
+            hint = _hint(column, COLUMNS)
+            raise ValueError(f"manifest {path}: column {column!r} is not known{hint}; allowed are {', '.join(COLUMNS)}")
+    for column in COLUMNS:
+        if columns.count(column) > 1 or (column in ("path", "label") and column not in columns):
+            times = columns.count(column)
+            raise ValueError(f"manifest {path}: column {column!r} is there {times} times; once is needed")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _first_in_manifest(path: Path) -> str:
+    for row in _rows(path):
+        _check_path(path.parent, os.path.realpath, row)
+        return row.path
+    raise ValueError(f"manifest {path} has no rows")
+
+
+def _check_path(top: Path, real: Callable[[str], str], row: Row) -> None:
+    """ValueError where an image is not in ``top``, with links followed; ``real`` is os.path.realpath."""
+    if is_inside(row.path):
+        parent, base = os.path.split(os.path.join(top, row.path))
+        path = os.path.join(real(parent), base)
+        if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
+            return
+    raise ValueError(f"{row.line}: {row.path!r} leads out of {top}; images must lie in the folder of the manifest")
+
+
+def _read_manifest(path: Path) -> Listing:
+    rows = list(_rows(path))
+    if not rows:
+        raise ValueError(f"manifest {path} has no rows")
+    real = functools.cache(os.path.realpath)
+    seen: dict[str, Row] = {}
+    for row in rows:
+        _check_path(path.parent, real, row)
+        if (other := seen.setdefault(os.path.normpath(row.path), row)) is not row:
+            raise ValueError(f"{row.line}: {row.path!r} is listed twice, first as {other.path!r}")
+    check_files(path.parent, [row.path for row in rows], f"manifest {path}")
+    return _labelled(path, rows)
+
+
+def _labelled(path: Path, rows: list[Row]) -> Listing:
+    numbers = all(WHOLE.fullmatch(row.label) for row in rows)
+
+    def read(text: str) -> str:
+        return str(int(text)) if numbers and WHOLE.fullmatch(text) else text
+
+    classes = sorted({read(row.label) for row in rows}, key=int if numbers else None)
+    if numbers and int(classes[0]) < 0:
+        raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
+    index = {name: label for label, name in enumerate(classes)}
+    index[""] = -1
+    is_split = any(row.split for row in rows)
+    for row in rows:
+        if read(row.truth) not in index:
+            hint = _hint(row.truth, classes)
+            raise ValueError(f"{row.line}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known")
+        if is_split and row.split not in SPLITS:
+            hint = _hint(row.split, SPLITS)
+            raise ValueError(f"{row.line}: split {row.split!r} is not allowed{hint}; write one of {', '.join(SPLITS)}")
+    return Listing(
+        path.parent,
+        [row.path for row in rows],
+        tuple(classes),
+        torch.tensor([index[read(row.label)] for row in rows]),
+        torch.tensor([SPLITS[row.split] for row in rows]) if is_split else None,
+        torch.tensor([index[read(row.truth)] for row in rows]),
+    )
