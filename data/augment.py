@@ -281,7 +281,7 @@ TranslateY 0.7 9, AutoContrast 0.9 0
 
 
 @lru_cache(maxsize=1)
-def _policy() -> tuple[Tensor, Tensor, Tensor]:
+def cifar10_policy() -> tuple[Tensor, Tensor, Tensor]:
     """The table above, [25, 2] each: numbers of operations, probabilities, magnitudes."""
     cells = [[step.split() for step in pair.split(",")] for pair in _CIFAR10_POLICY.split(";")]
     operation = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in cells])
@@ -348,7 +348,7 @@ def auto_augment(images: Tensor) -> Tensor:
     """One of the 25 pairs of AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019), each step with its probability."""
     table = magnitudes(10, *images.shape[2:])
     pair = torch.randint(25, (len(images),))
-    for operation, probability, magnitude in zip(*(column[pair].unbind(1) for column in _policy()), strict=True):
+    for operation, probability, magnitude in zip(*(column[pair].unbind(1) for column in cifar10_policy()), strict=True):
         chosen = torch.where(torch.rand(len(images)) < probability, operation, OPERATIONS.index("Identity"))
         images = operate(images, chosen, _signed(chosen, table[chosen, magnitude]))
     return images

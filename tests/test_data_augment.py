@@ -351,6 +351,16 @@ def test_rand_augment_draws_each_operation_anew() -> None:
     assert torch.equal(augment.rand_augment(images, num_ops=0), images)
 
 
+def test_the_policy_is_torchvisions() -> None:
+    theirs = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)._policies
+    operation, probability, step = augment.cifar10_policy()
+    assert [[augment.OPERATIONS[number] for number in pair] for pair in operation] == [
+        [name for name, _, _ in p] for p in theirs
+    ]
+    assert torch.equal(probability, torch.tensor([[value for _, value, _ in pair] for pair in theirs]))
+    assert torch.equal(step, torch.tensor([[value or 0 for _, _, value in pair] for pair in theirs]))
+
+
 def test_auto_augment_draws_torchvisions_policy_for_cifar10() -> None:
     images = copies(8000)
     torch.manual_seed(0)
