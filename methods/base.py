@@ -186,6 +186,7 @@ class Method(nn.Module, Generic[B]):
     Config: ClassVar[type[Config]] = Config
     summary: ClassVar[str] = ""
     needs_trusted: ClassVar[bool] = False  # True where it learns from samples with clean labels, too
+    second_order: ClassVar[bool] = False  # True where it differentiates a gradient, which compiled networks cannot
 
     def __init__(self, config: Any, task: Task) -> None:
         super().__init__()

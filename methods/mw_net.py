@@ -104,6 +104,7 @@ class MetaWeightNet(Method[Pair]):
     config: MWNetConfig
     summary = "a small network, taught by clean samples, weighs each sample by its loss (Shu et al. 2019)"
     needs_trusted = True
+    second_order = True
 
     def __init__(self, config: MWNetConfig, task: Task) -> None:
         super().__init__(config, task)
@@ -115,7 +116,7 @@ class MetaWeightNet(Method[Pair]):
         assert trusted is not None, "a search without trusted samples leaves this method out"
         for batch in data.shuffled(self.config.batch_size):
             chosen = torch.randperm(len(trusted))[: self.config.batch_size]
-            yield Pair(batch, trusted.gather(chosen.to(trusted.labels.device)))
+            yield Pair(batch, trusted.gather(chosen))
 
     def step(self, batch: Pair, clock: Clock) -> Step:
         view = self.task.view(self.config.augmentation)

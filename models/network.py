@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
 
 
+class Trunk(nn.Sequential):
+    """float32 [B, C, H, W] -> features, float32 [B, F], computed in the precision and memory format that suit the device."""
+
+    precision = torch.float32
+    memory_format = torch.contiguous_format
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self.memory_format)
+        low = self.precision != torch.float32
+        with torch.autocast(images.device.type, self.precision) if low else nullcontext():
+            features: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
+        return features.float() if low else features
+
+
 class Network(nn.Module):
-    """float32 [B, C, H, W] -> logits [B, K]: ``features`` gives [B, F], dropout acts on them, ``head`` is linear."""
+    """float32 [B, C, H, W] -> logits float32 [B, K]: ``features`` gives [B, F], dropout acts on them, ``head`` is linear."""
 
     def __init__(self, features: nn.Module, num_features: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.num_features = num_features
-        self.features = features
+        self.features = Trunk(features)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.dropout(self.features(images)))
         return logits
+
+    def tuned(self, device: str, precision: str = "auto", compiled: bool = False) -> Network:
+        """Moves it to ``device`` and makes it as fast as that device can, in place.
+
+        Precision auto: on a GPU bfloat16 autocast with images stored channels last; on a CPU float32, where results are to be
+        the same on every machine. ``compiled``: by torch.compile, in place; the next network of the same shape in a process
+        finds what was compiled.
+        """
+        on_gpu = torch.device(device).type == "cuda"
+        low = precision == "bfloat16" or (precision == "auto" and on_gpu)
+        self.features.precision = torch.bfloat16 if low else torch.float32
+        self.features.memory_format = torch.channels_last if on_gpu or low else torch.contiguous_format
+        self.to(device).to(memory_format=self.features.memory_format)  # type: ignore[call-overload]
+        if compiled:
+            self.features.compile()
+        return self

@@ -47,6 +47,8 @@ class Recipe:
     validation_fraction: float = 0.3
     trusted: int = 0  # samples with clean labels, taken from the training set
     image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
+    precision: str = "auto"  # see models.Network.tuned
+    compile: str = "off"  # on or off
 
     @property
     def fingerprint(self) -> str:
@@ -132,16 +134,17 @@ class Experiment:
         config = build(method_class.Config, recipe.values)
         source, (channels, stored_size) = dataset.source, dataset.train.images.shape[1:3]
         size = source.input_size or stored_size
-        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size)
+        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size, source.views, size)
 
         def make_net(num_classes: int | None = None) -> Network:
-            return make_model(
+            network = make_model(
                 recipe.model,
                 in_channels=channels,
                 image_size=size,
                 num_classes=num_classes or dataset.num_classes,
                 dropout=config.dropout,
-            ).to(device)
+            )
+            return network.tuned(device, recipe.precision, compiled=recipe.compile == "on" and not method_class.second_order)
 
         torch.manual_seed(derive("initialisation", recipe.seed))
         task = Task(dataset.num_classes, dataset.train.labels, make_net, plain, weak, strong, dataset.trusted)

@@ -51,6 +51,8 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
         validation_fraction=spec.validation_fraction,
         trusted=spec.trusted,
         image_size=spec.image_size,
+        precision=spec.precision,
+        compile=spec.compile,
     )
 
 

@@ -44,6 +44,8 @@ class SweepSpec:
     image_size: int = option(0, "side in pixels of a user's images (default: by the first, at most 224)", "[0, 4096]")
     noise: str = option("", "none, symmetric:RATE[:include-true], asymmetric:RATE[:FROM>TO,...] (default: by data set)")
     model: str = option("", "network (default: by data set)")
+    precision: str = option("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
+    compile: str = option("off", "on: networks are compiled; pays where a worker runs many long trials of one network")
     trials: int = option(32, "trials that end complete or stopped early", "[1, inf)")
     epochs: int = option(30, "full budget of a trial", "[1, inf)")
     trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
@@ -169,6 +171,8 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
     model = spec.model or str(source.defaults["model"])
     for name, value, known in (
         ("model", model, list(MODELS)),
+        ("precision", spec.precision, ["auto", "float32", "bfloat16"]),
+        ("compile", spec.compile, ["off", "on"]),
         ("sampler", spec.sampler, ["tpe", "random"]),
         ("scheduler", spec.scheduler, ["asha", "none"]),
     ):
