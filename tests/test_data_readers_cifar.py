@@ -129,7 +129,7 @@ def test_missing_and_changed_files_are_named(root: Path) -> None:
     for data in ("cifar10", "cifar10n:worst"):
         save_human(root, "cifar10n")
         with pytest.raises(ValueError, match=r"data_batch_3 is not in .*/cifar-10-batches-py; .* or use --download$"):
-            find(data, root)
+            find(data, root).build()
     path.write_bytes(whole[:-1] + b"x")
     with pytest.raises(ValueError, match=r"data_batch_3 is not the published file \(its MD5 differs\)"):
         find("cifar10", root).build()
@@ -194,7 +194,7 @@ def test_labels_that_do_not_exist_are_refused(root: Path) -> None:
         with pytest.raises(ValueError, match=allowed):
             find(data, root)
     with pytest.raises(ValueError, match=rf"CIFAR-10_human.pt is not in {root}; put it there"):
-        find("cifar10n:worst", root)
+        find("cifar10n:worst", root).stamp()
 
 
 @pytest.mark.parametrize(

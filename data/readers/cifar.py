@@ -141,26 +141,22 @@ def _human(name: str, clean: str, argument: str, options: Options) -> Source:
     if argument not in keys:
         known = ", ".join(f"{name}:{key}" if key else name for key in keys)
         raise ValueError(f"data set {name}: {argument!r} is not one of its labels; write {known}")
-    path = options.root / HUMAN_FILES[name]
-    if not path.is_file():
-        where = "published at github.com/UCSC-REAL/cifar-10-100n"
-        raise ValueError(f"data set {name}: {path.name} is not in {options.root.absolute()}; put it there, as {where}")
+    path = options.root.absolute() / HUMAN_FILES[name]
     return _source(f"{name}:{argument}" if argument else name, clean, options, path, keys[argument])
 
 
 def _source(name: str, clean: str, options: Options, human: Path | None = None, key: str = "") -> Source:
     """``human`` holds the labels that people gave to the training images of the data set ``clean``."""
     published, root = CIFAR[clean], options.root.absolute()
-    files = [*published.train, *published.test, *published.meta]
-    missing = [file for file in files if not (root / published.folder / file).is_file()]
-    if missing and not options.download:
-        folder = root / published.folder
-        raise ValueError(f"data set {name}: {missing[0]} is not in {folder}; put it there as published, or use --download")
+    folder = root / published.folder
 
     def build() -> RawTable:
+        missing = [file for file in (*published.train, *published.test, *published.meta) if not (folder / file).is_file()]
+        if missing and not options.download:
+            raise ValueError(f"data set {name}: {missing[0]} is not in {folder}; put it there as published, or use --download")
         if missing:
             _download(clean, root)
-        table = read_cifar(root / published.folder, published)
+        table = read_cifar(folder, published)
         if human is None:
             return table
         assert table.truth is not None
@@ -168,6 +164,14 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
         given, train = table.truth.clone(), table.split == TRAIN
         given[train] = read_human(human, key, table.truth[train], table.num_classes)
         return RawTable(table.shape, table.blocks, table.num_classes, table.truth, given, table.split, table.classes)
+
+    def stamp() -> str:
+        if human is None:
+            return ""
+        if not human.is_file():
+            where = "published at github.com/UCSC-REAL/cifar-10-100n"
+            raise ValueError(f"data set {name}: {human.name} is not in {root}; put it there, as {where}")
+        return hashlib.sha256(human.read_bytes()).hexdigest()
 
     return Source(
         name,
@@ -180,7 +184,7 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
             "augmentation": "weak",
         },
         stream=clean,  # the same images are held out whatever the labels
-        stamp=lambda: "" if human is None else hashlib.sha256(human.read_bytes()).hexdigest(),
+        stamp=stamp,
         maps=MAPS[clean],
         views="flip-crop",
     )

@@ -46,8 +46,6 @@ def folder(argument: str, options: Options) -> Source:
     labels; those of test are clean, too. ValueError where a class is empty or in test only.
     """
     path = _path("folder", argument, "PATH")
-    if not path.is_dir():
-        raise ValueError(f"data set folder:{path}: there is no such folder")
     return _source("folder", path, path, lambda: _first_in_folder(path), lambda: _read_folder(path), options)
 
 
@@ -59,8 +57,6 @@ def manifest(argument: str, options: Options) -> Source:
     clean label where it has no truth. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
-    if not path.is_file():
-        raise ValueError(f"data set manifest:{path}: there is no such file")
     return _source("manifest", path, path.parent, lambda: _first_in_manifest(path), lambda: _read_manifest(path), options)
 
 
@@ -75,12 +71,20 @@ def _source(
 ) -> Source:
     """What both have in common; ``first`` is the first image, within ``top``, which is asked for where no size is given."""
     name = f"{kind}:{path}"
+
+    def there() -> None:
+        if not (path.is_file() if kind == "manifest" else path.is_dir()):
+            raise ValueError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")
+
+    if not options.image_size:
+        there()
     with reading(f"data set {name}"):
         size = options.image_size or min(224, shorter_side(os.path.join(top, first())))
     cropped = size > LARGEST_SMALL
     stored = math.ceil(8 * size / 7) if cropped else size  # 256 for 224, as is usual for ImageNet
 
     def listing() -> Listing:
+        there()
         with reading(f"data set {name}"):
             found = read()
         if len(found.classes) < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -31,11 +30,15 @@ def animal10n(argument: str, options: Options) -> Source:
     50,000 training images, about 8 % wrong, and 5,000 test images of 64 x 64. LABEL is the integer before the first ``_``.
     """
     without_argument("animal10n", argument)
-    folder = _folder("animal10n", options, "ANIMAL-10N")
-    if (folder / "raw_image").is_dir():
-        folder /= "raw_image"
-    _need("animal10n", folder, "training", "testing")
-    return _source("animal10n", functools.partial(_read_animal10n, folder), 64, 0, {"model": "vgg19-bn", "batch_size": 128})
+
+    def read() -> Listing:
+        folder = _folder("animal10n", options, "ANIMAL-10N")
+        if (folder / "raw_image").is_dir():
+            folder /= "raw_image"
+        _need("animal10n", folder, "training", "testing")
+        return _read_animal10n(folder)
+
+    return _source("animal10n", read, 64, 0, {"model": "vgg19-bn", "batch_size": 128})
 
 
 def clothing1m(argument: str, options: Options) -> Source:
@@ -47,11 +50,14 @@ def clothing1m(argument: str, options: Options) -> Source:
     """
     if argument and not re.fullmatch("[1-9][0-9]*", argument):
         raise ValueError(f"data set clothing1m: {argument!r} is not allowed after it; write clothing1m or clothing1m:PER_CLASS")
-    folder = _folder("clothing1m", options, "Clothing1M")
-    lists = ("noisy_train_key_list.txt", "noisy_label_kv.txt", "clean_test_key_list.txt", "clean_label_kv.txt")
-    _need("clothing1m", folder, *lists)
+
+    def read() -> Listing:
+        folder = _folder("clothing1m", options, "Clothing1M")
+        lists = ("noisy_train_key_list.txt", "noisy_label_kv.txt", "clean_test_key_list.txt", "clean_label_kv.txt")
+        _need("clothing1m", folder, *lists)
+        return _read_clothing1m(folder, int(argument or 0))
+
     name = f"clothing1m:{int(argument)}" if argument else "clothing1m"
-    read = functools.partial(_read_clothing1m, folder, int(argument or 0))
     return _source(name, read, 256, 224, {"model": "resnet50-imagenet", "batch_size": 64})
 
 
@@ -63,12 +69,14 @@ def webvision(argument: str, options: Options) -> Source:
     """
     if argument not in ("", "ilsvrc12"):
         raise ValueError(f"data set webvision: {argument!r} is not allowed after it; write webvision or webvision:ilsvrc12")
-    folder = _folder("webvision", options, "WebVision")
-    info = folder / "info"
-    _need("webvision", info, "train_filelist_google.txt", "synsets.txt", *([] if argument else ["val_filelist.txt"]))
-    imagenet = _folder("webvision:ilsvrc12", options, "ILSVRC2012", "val") if argument else None
+
+    def read() -> Listing:
+        info = _folder("webvision", options, "WebVision") / "info"
+        _need("webvision", info, "train_filelist_google.txt", "synsets.txt", *([] if argument else ["val_filelist.txt"]))
+        imagenet = _folder("webvision:ilsvrc12", options, "ILSVRC2012", "val") if argument else None
+        return _read_webvision(options.root.absolute(), imagenet)
+
     name = f"webvision:{argument}" if argument else "webvision"
-    read = functools.partial(_read_webvision, options.root.absolute(), imagenet)
     return _source(name, read, 256, 227, {"model": "inception-resnet-v2", "batch_size": 32})
 
 
