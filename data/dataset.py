@@ -50,6 +50,12 @@ class Dataset:
     split: Split
 
     @property
+    def input_shape(self) -> tuple[int, int]:
+        """Channels and side in pixels of what a network sees."""
+        channels, stored = self.train.images.shape[1:3]
+        return channels, self.source.input_size or stored
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over source, split and given labels: equal where a sweep may be resumed."""
         digest = hashlib.sha256(self.checksum.encode())

@@ -18,6 +18,13 @@ class Batch:
     index: Tensor
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. On its way there the host does not wait for what the device has still to do."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()  # the driver copies from pageable memory when it likes, and may wait
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 def fitting(most: int, images: Tensor) -> int:
     """``most`` images per batch where none is learnt from, fewer where they have more than 32 x 32 pixels."""
     return max(1, min(most, most * 32**2 // (images.shape[2] * images.shape[3])))
@@ -38,15 +45,15 @@ class Labelled:
         return len(self.labels)
 
     def gather(self, index: Tensor) -> Batch:
-        """The samples ``index``, int64 [B], on the labels' device."""
-        place = index.to(self.images.device)
+        """The samples ``index``, int64 [B] on any device, on the labels' device."""
+        place, index = moved(index, self.images.device), moved(index, self.labels.device)
         if self.rows is not None:
             place = self.rows[place]
-        return Batch(self.images[place].to(self.labels.device), self.labels[index], index)
+        return Batch(moved(self.images[place], self.labels.device), self.labels[index], index)
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once."""
-        for index in torch.arange(len(self), device=self.labels.device).split(batch_size):  # type: ignore[no-untyped-call]
+        for index in torch.arange(len(self), device=self.images.device).split(batch_size):  # type: ignore[no-untyped-call]
             yield self.gather(index)
 
 
@@ -59,9 +66,10 @@ class TrainData(Labelled):
 
         A last batch of one row joins the batch before it: batch normalisation cannot train on one image.
         """
-        order = torch.randperm(len(self)).to(self.labels.device)
+        order = torch.randperm(len(self))
         if keep is not None:
-            order = order[keep[order]]
+            order = order[keep.to(order.device)[order]]
+        order = moved(order, self.images.device)
         parts = [part for part in order.split(batch_size) if len(part)]  # type: ignore[no-untyped-call]
         if len(parts) > 1 and len(parts[-1]) == 1:
             parts[-2:] = [torch.cat(parts[-2:])]

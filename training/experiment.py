@@ -132,9 +132,9 @@ class Experiment:
         dataset = recipe.dataset(device)
         method_class = find_method(recipe.method)
         config = build(method_class.Config, recipe.values)
-        source, (channels, stored_size) = dataset.source, dataset.train.images.shape[1:3]
-        size = source.input_size or stored_size
-        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size, source.views, size)
+        channels, size = dataset.input_shape
+        stored_size = dataset.train.images.shape[2]
+        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size, dataset.source.views, size)
 
         def make_net(num_classes: int | None = None) -> Network:
             network = make_model(

@@ -79,7 +79,8 @@ def _train(method: Method[Any], dataset: Dataset, statistics: RefinementStatisti
         statistics.observe(step)
         num_seen += len(step.index)
         for name, value in {"train/loss": step.loss, **step.scalars}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(step.index)
+            total = value * len(step.index)
+            sums[name] = sums[name] + total if name in sums else total
     metrics = {name: float(value) / num_seen for name, value in sums.items()}
     for name, mean in metrics.items():
         if not math.isfinite(mean):

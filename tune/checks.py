@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from data.dataset import Dataset
+from models import make_model
 from tune.spec import SweepSpec
 
 PATIENCE = 5  # seconds that a server gets to answer
@@ -33,6 +35,12 @@ def check_resources(spec: SweepSpec) -> None:
         raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; this machine has {num_cpus} CPUs")
     if spec.gpus_per_trial > num_gpus():
         raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus()} GPUs")
+
+
+def check_network(spec: SweepSpec, dataset: Dataset) -> None:
+    """ValueError where the network does not take such images, or its pretrained weights cannot be had."""
+    channels, side = dataset.input_shape
+    make_model(spec.model, in_channels=channels, image_size=side, num_classes=dataset.num_classes, dropout=0.0)
 
 
 def num_gpus() -> int:

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import absolute, check_resources, check_storage, check_tracking, num_gpus
+from tune.checks import absolute, check_network, check_resources, check_storage, check_tracking, num_gpus
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
@@ -71,6 +71,7 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) 
     check_storage(storage)
     check_tracking(tracking_uri(storage, spec.tracking))
     dataset = dataset_of(spec)
+    check_network(spec, dataset)
     for line in describe(spec, space, dataset):
         print(line)
     if dry_run:
@@ -107,7 +108,9 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     sizes = f"{len(dataset.train)} training, {len(dataset.validation.labels)} validation (noisy labels)"
     sizes += f", {len(dataset.test.labels)} test (clean labels)" if dataset.test else ""
     sizes += f", {len(dataset.trusted)} trusted (clean labels)" if dataset.trusted else ""
-    lines = [f"data {spec.data}: {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
+    channels, side = dataset.input_shape
+    shape = f"{dataset.num_classes} classes, images of {side} x {side} x {channels}"
+    lines = [f"data {spec.data}: {shape}; {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
     if not spec.gpus_per_trial and not spec.address and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
