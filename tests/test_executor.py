@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from tests.sweeps import make_sweep
+from tune import executor
+from tune.desk import Desk
+from tune.driver import Interruption
 from tune.executor import capacity, how_many
+from tune.ledger import Ledger
 from tune.spec import make_spec
 
 
@@ -42,3 +48,17 @@ def test_a_trial_that_no_node_holds(cpus: float, gpus: float, monkeypatch: pytes
         ValueError, match=f"no node holds a trial of {cpus} CPUs and {gpus} GPUs; the largest have 16 CPUs and 2"
     ):
         capacity(make_spec({"cpus_per_trial": cpus, "gpus_per_trial": gpus}))
+
+
+def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is too busy: Ray raises a bare Exception. Nothing is lost, and the command that goes on is said."""
+
+    def too_slow(**options: object) -> NoReturn:
+        raise Exception("The current node timed out\nduring startup.")  # as Ray raises it
+
+    monkeypatch.setattr("ray.init", too_slow)
+    sweep = make_sweep(tmp_path)
+    desk = Desk(Ledger(sweep), total=4, concurrent=0)
+    with Interruption(desk, sweep.folder / "stop") as interruption:
+        executor.run(desk, sweep.spec, interruption)
+    assert desk.problem == "Ray did not start: The current node timed out during startup."

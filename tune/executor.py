@@ -16,6 +16,10 @@ from tune.spec import SweepSpec
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class NotStarted(Exception):
+    """Ray of this machine's own did not come up; a later attempt may succeed."""
+
+
 def _prepare() -> None:
     """What Ray and Tune read when they are imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -39,13 +43,16 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
             held = capacity(spec)
             desk.concurrent = min(spec.concurrent or held, held)
             _tune(desk, spec)
+    except NotStarted as error:
+        desk.problem = str(error)
     finally:
         ray.shutdown()
         interruption.listen()
 
 
 def connect(address: str) -> None:
-    """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us."""
+    """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us, NotStarted where our
+    own does not come up."""
     import ray
     from ray._private import utils
 
@@ -62,10 +69,11 @@ def connect(address: str) -> None:
         )
     except ray.exceptions.AuthenticationError as error:
         raise ValueError(f"Ray refuses its token: {str(error).split('. ')[0]}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if not address:
-            raise
-        raise ValueError(f"Ray cluster {address!r} cannot be joined: {' '.join(str(error).split())}") from error
+    except Exception as error:  # Ray raises a bare one where a node does not come up in time
+        reason = " ".join(str(error).split())
+        if address:
+            raise ValueError(f"Ray cluster {address!r} cannot be joined: {reason}") from error
+        raise NotStarted(f"Ray did not start: {reason}") from error
     finally:
         utils.set_sigterm_handler = raise_exit
 
