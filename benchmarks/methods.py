@@ -41,7 +41,7 @@ from tune.desk import FINISHED, Desk  # noqa: E402
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
 from tune.recipes import dataset as dataset_of  # noqa: E402
 from tune.report import mean_and_error, retrain_rows  # noqa: E402
-from tune.spec import Sweep, SweepSpec, make_spec  # noqa: E402
+from tune.spec import Sweep, SweepSpec, make_spec, read_pairs  # noqa: E402
 from tune.sweep import enqueue_retraining  # noqa: E402
 
 SLOTS = 2
@@ -126,7 +126,7 @@ def examined(method: str, noise: str, options: argparse.Namespace, pipes: list[C
     """Search and retraining of one method, as a row of the results."""
     trusted = options.trusted if METHODS[method].needs_trusted else 0
     fields = {"trials": options.trials, "epochs": options.epochs, "seed": options.seed, "trusted": trusted}
-    spec = make_spec({"method": (method,), "noise": noise, "set": options.set, **fields})
+    spec = make_spec({"method": (method,), "noise": noise, "set": read_pairs("set", options.set), **fields})
     folder = "-".join([method, spec.noise.replace(":", "-"), str(spec.epochs), *options.set])
     sweep = opened(options.storage / folder, spec)
     search = Ledger(sweep, SWEEP)

@@ -40,9 +40,13 @@ class SweepSpec:
     """What to search, on what budget, on what resources."""
 
     method: tuple[str, ...] = option(("alr",), "methods, separated by commas, or all")
-    data: str = option("digits", "data set")
+    data: str = option("digits", "data set: digits, manifest:FILE.csv, folder:PATH, cifar10, cifar10n:worst, ... (see README)")
     image_size: int = option(0, "side in pixels of a user's images (default: by the first, at most 224)", "[0, 4096]")
-    noise: str = option("", "none, symmetric:RATE[:include-true], asymmetric:RATE[:FROM>TO,...] (default: by data set)")
+    noise: str = option(
+        "",
+        "none, symmetric:RATE[:include-true], asymmetric:RATE[:MAP or FROM>TO,...], pair:RATE or instance:RATE"
+        " (default: by data set)",
+    )
     model: str = option("", "network (default: by data set)")
     precision: str = option("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     compile: str = option("off", "on: networks are compiled; pays where a worker runs many long trials of one network")
