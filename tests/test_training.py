@@ -566,3 +566,20 @@ def test_an_epoch_record_survives_json_and_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c.pt", {"history": [dataclasses.asdict(record)]})
     (held,) = checkpoint.load(tmp_path / "c.pt")["history"]
     assert EpochRecord(**held) == record
+
+
+@pytest.mark.parametrize("total", [10**9, 10**5])
+def test_data_move_to_a_device_once_or_stay_where_they_do_not_fit(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """115,008 bytes of digits: a table larger than a quarter of the trial's share of the device stays, and batches move."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (total, total))
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 0.5)
+    moved = make_recipe("ce", noise_seed=total).dataset("meta")
+    parts = [moved.train, moved.validation, moved.test]
+    assert moved.train_truth is not None
+    assert moved.train_truth.is_meta
+    assert all(part is not None and part.labels.is_meta for part in parts)
+    assert {part.images.device.type for part in parts if part} == {"meta" if total == 10**9 else "cpu"}
+    assert len({id(part.images) for part in parts if part}) == 1, "one table for all"
+    batch = next(moved.train.in_order(10)) if total == 10**9 else moved.validation.gather(torch.arange(10))
+    assert batch.images.is_meta
+    assert batch.images.shape == (10, 1, 8, 8)
