@@ -27,7 +27,8 @@ def make_views(
 
     def normalise(images: Tensor) -> Tensor:
         if images.device not in constants:
-            scaled = 255 * torch.tensor([mean, std], dtype=torch.float64)
+            divisors = [one or 1.0 for one in std]  # a channel that never changes becomes 0
+            scaled = 255 * torch.tensor([mean, divisors], dtype=torch.float64)
             centre, spread = scaled[:, :, None, None].to(images.device, torch.float32, non_blocking=True)
             constants[images.device] = (centre, spread)
         centre, spread = constants[images.device]

@@ -245,3 +245,11 @@ def test_what_cannot_be_made_is_refused() -> None:
         assert make_views(MEAN, STD, 8, kind, 8)[0](random_images(2, 8)).shape == (2, 2, 8, 8)
     with pytest.raises(ValueError, match=r"9 pixels from images of 8"):
         make_views(MEAN, STD, 8, "imagenet", 9)
+
+
+def test_a_channel_that_never_changes_is_zero() -> None:
+    images = torch.randint(256, (4, 2, 8, 8), dtype=torch.uint8)
+    images[:, 1] = 7
+    plain, weak, strong = make_views([0.5, 7 / 255], [0.25, 0.0], 8)
+    assert bool((plain(images)[:, 1].abs() < 1e-6).all())
+    assert all(bool(view(images).isfinite().all()) for view in (weak, strong))

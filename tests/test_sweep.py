@@ -244,3 +244,46 @@ def test_every_method_in_one_search(tmp_path: Path, storage: Path) -> None:
     named = {part.split("=")[0] for part in best.split() if "=" in part}
     assert f" {rows[0]['method']} " in best
     assert named == {name.removeprefix(rows[0]["method"] + ".") for name in rows[0]["params"]}
+
+
+def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path) -> None:
+    """A manifest of paths and labels only: launch, best, retrain and the tracker leave out what needs the truth."""
+    from mlflow.tracking import MlflowClient
+    from PIL import Image
+
+    lines = ["path,label"]
+    for number in range(60):
+        Image.new("RGB", (8, 8), (80 * (number % 3), number, 0)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{('ant', 'bee', 'cat')[number % 3]}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    options = (
+        "--model",
+        "mlp",
+        "--trials",
+        2,
+        "--epochs",
+        2,
+        "--concurrent",
+        2,
+        "--data",
+        f"manifest:{tmp_path / 'labels.csv'}",
+    )
+    launched = search("launch", "mine", "--storage", storage, *options).stdout
+    assert (
+        "3 classes, images of 8 x 8 x 3; 42 training, 18 validation (noisy labels)\nnoise none (seed 0); network mlp"
+        in launched
+    )
+    rows = board(storage, "mine")
+    assert [row["state"] for row in rows] == ["complete", "complete"]
+    assert {row["test_accuracy"] for row in rows} == {None}
+    header = search("best", "mine", "--storage", storage).stdout.splitlines()[0]
+    assert header.split() == ["trial", "method", "state", "val", "epochs", "seconds", "parameters"]
+    table = search("retrain", "mine", "--storage", storage, "--top", 1, "--seeds", 2).stdout
+    assert "val: noisy validation accuracy (there are no clean test labels) %" in table
+    client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
+    run = client.get_run(rows[0]["mlflow_run_id"])
+    assert "val/accuracy" in run.data.metrics
+    assert not {name for name in run.data.metrics if name.startswith("test/")}
+    (tmp_path / "labels.csv").unlink()
+    assert search("best", "mine", "--storage", storage).stdout.startswith("trial"), "also where the data are gone"
+    assert "there is no such file" in search("resume", "mine", "--storage", storage, "--trials", 3, check=2).stderr
