@@ -149,6 +149,7 @@ class DivideMix(Method[Portion]):
                     yield Portion(number, batch)
             return
         clean, kept = self.divide(data, clock)
+        kept = kept.cpu()
         for number in range(2):
             yield from self.portions(data, clock, number, clean[:, 1 - number], kept[:, 1 - number])
 
@@ -171,13 +172,16 @@ class DivideMix(Method[Portion]):
         return clean, kept
 
     def portions(self, data: TrainData, clock: Clock, number: int, clean: Tensor, kept: Tensor) -> Iterator[Portion]:
-        """A pass of network ``number`` over the rows that ``kept`` [N] has, with as many batches of the others."""
-        size = self.config.batch_size
+        """A pass of network ``number`` over the rows that ``kept`` has, with as many batches of the others.
+
+        ``clean`` [N] of the other network; ``kept`` bool [N], on the host, so that no batch waits for the device.
+        """
+        size, share = self.config.batch_size, kept.float().mean()
         others = cycled(data, size, ~kept)
         num_steps = int(kept.sum()) // size + 1
         for done, batch in enumerate(data.shuffled(size, kept)):
             ramp = self.ramp(clock, done / num_steps)
-            yield Portion(number, batch, clean[batch.index], next(others, None), ramp, kept.float().mean())
+            yield Portion(number, batch, clean[batch.index], next(others, None), ramp, share)
 
     def ramp(self, clock: Clock, part: float) -> float:
         """The share of unlabelled_weight that acts once ``part`` of the epoch is done, in [0, 1]."""
@@ -195,7 +199,7 @@ class DivideMix(Method[Portion]):
         )
         weight = mixing_weight(self.config.mixing)
         weight = max(weight, 1 - weight)
-        partners = torch.randperm(len(images)).to(images.device)
+        partners = torch.randperm(len(images), device=images.device)
         logits, targets = own(mix(images, weight, partners)), mix(targets, weight, partners)
         loss = soft_cross_entropy(logits[:num_labelled], targets[:num_labelled]).mean()
         loss = loss + self.config.balance_weight * balance_penalty(logits)

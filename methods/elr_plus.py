@@ -112,7 +112,7 @@ class ELRPlus(Method[Batch]):
         labels = (1 - smoothing) * one_hot(batch.labels, self.task.num_classes) + smoothing / self.task.num_classes
         share = mixing_weight(self.config.mixup)
         share = max(share, 1 - share)
-        partner = torch.randperm(len(images)).to(images.device)
+        partner = torch.randperm(len(images), device=images.device)
         images, labels, targets = (mix(part, share, partner) for part in (images, labels, targets))
         if self.config.weigh_labels:
             labels = normalize(labels * targets, p=1, dim=1)

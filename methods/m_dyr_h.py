@@ -115,7 +115,7 @@ class MDYRH(Method[Batch]):
     def step(self, batch: Batch, clock: Clock) -> Step:
         images = self.view(batch.images)
         weight = mixing_weight(self.config.mixing)
-        partners = torch.randperm(len(batch.index)).to(batch.index.device)
+        partners = torch.randperm(len(images), device=images.device)
         targets = one_hot(batch.labels, self.task.num_classes).float()
         if not clock.has_begun(self.config.begins()):
             logits = self.learner(mix(images, weight, partners))

@@ -34,6 +34,8 @@ class TurningPoint(nn.Module):
         self.register_buffer("separations", torch.zeros(WINDOW, device=device))  # the newest is the last
         self.register_buffer("peak", torch.zeros(2, device=device))
         self.register_buffer("start", torch.tensor(UNKNOWN, device=device))
+        self.known_start = UNKNOWN  # the same for the host, which must not wait for the device in a step
+        self.register_load_state_dict_post_hook(_read_start)  # type: ignore[no-untyped-call]
 
     def observe(self, losses: Tensor, clock: Clock) -> None:
         """Takes the losses [N] of all samples at the end of the epoch."""
@@ -45,7 +47,12 @@ class TurningPoint(nn.Module):
             self.peak.copy_(torch.tensor([smoothed, clock.epoch]))
         elif clock.epoch - epoch >= self.patience * clock.epochs:
             self.start.fill_(clock.epoch + 1)
+            self.known_start = int(self.start)
 
     def passed(self, clock: Clock) -> bool:
         """True from the epoch on at whose start the turning point is known."""
-        return UNKNOWN < int(self.start) <= clock.epoch
+        return UNKNOWN < self.known_start <= clock.epoch
+
+
+def _read_start(point: TurningPoint, _keys: object) -> None:
+    point.known_start = int(point.start)
