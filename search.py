@@ -113,13 +113,9 @@ def launch(options: argparse.Namespace) -> int:
         kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
         flags[name] = kept | flags.get(name, {})
     spec = make_spec(values | flags)
-    if options.download:
-        from tune.recipes import prepare
-
-        prepare(spec.data, spec.image_size, download=True)
     from tune import sweep
 
-    ended = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run)
+    ended = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run, download=options.download)
     if not options.dry_run:
         show(options.name, options.storage, 10)
     return said(ended)

@@ -16,13 +16,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import mmap
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,10 +32,13 @@ from data.folders import cache_folder
 from data.noise import label_bytes
 from data.sources import RawTable, Source
 
+T = TypeVar("T")
+
 MAGIC = b"NLSTAB02"
 TRAILER = 8 + 32 + len(MAGIC)
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python 3.11 lacks the name
 COLUMNS = ("truth", "given", "split")
-BLOCK = 4096
+READ_BYTES = 2**24  # of a build that goes on, at a time
 SYNC_SECONDS = 5  # at most so much decoding is repeated after a kill
 log = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ def open_table(source: Source, *, fresh: bool = False) -> Table:
     where the cache folder cannot be used.
     """
     path = cache_folder() / f"{source.key}.table"
-    stamp = source.stamp() if fresh else None
+    stamp = _of(source, source.stamp) if fresh else None
     try:
         with contextlib.suppress(FileNotFoundError, UnusableError):
             return _checked(path, stamp)
@@ -129,15 +133,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _build(path: Path, source: Source) -> None:
     """Decodes ``source`` into ``path``, going on where a process before has stopped. A reader sees a whole file or none."""
-    stamp, raw = source.stamp(), _raw(source)
+    stamp, raw = _of(source, source.stamp), _of(source, source.build)
     partial, notes = path.with_suffix(".partial"), path.with_suffix(".partial.json")
     row_bytes = raw.shape[1] * raw.shape[2] * raw.shape[3]
     plan = {"stamp": stamp, "shape": list(raw.shape)}
     done = _done(partial, notes, plan, row_bytes)
     counter = Counter(raw.shape[1])
     with partial.open("r+b" if done else "wb") as file:
-        for start in range(0, done, BLOCK):
-            read = bytearray(file.read(min(BLOCK, done - start) * row_bytes))
+        rows = max(1, READ_BYTES // row_bytes)
+        for start in range(0, done, rows):
+            read = bytearray(file.read(min(rows, done - start) * row_bytes))
             counter.add(torch.frombuffer(read, dtype=torch.uint8).view(-1, *raw.shape[1:]))
         file.truncate(done * row_bytes)
         synced = time.monotonic()
@@ -173,10 +178,10 @@ def _build(path: Path, source: Source) -> None:
     notes.unlink(missing_ok=True)
 
 
-def _raw(source: Source) -> RawTable:
+def _of(source: Source, read: Callable[[], T]) -> T:
     """What the source says of itself. Its own OSErrors are not the cache folder's."""
     try:
-        return source.build()
+        return read()
     except OSError as error:
         raise ValueError(f"data set {source.name}: {error}") from error
 
@@ -264,8 +269,7 @@ def _map(path: Path, stamp: str | None = None, *, verify: bool = False) -> Table
     status = path.stat()
     if status.st_size <= TRAILER:
         raise UnusableError("is damaged (it is too short)")
-    mapped = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)
-    footer, payload = _read_footer(mapped)
+    footer, payload = _read_footer(mapped(path))
     if verify and hashlib.sha256(payload.numpy().data).hexdigest() != footer["sha256"]:
         raise UnusableError("is damaged (its checksum differs)")
     if stamp is not None and stamp != footer["stamp"]:
@@ -287,14 +291,21 @@ def _map(path: Path, stamp: str | None = None, *, verify: bool = False) -> Table
     )
 
 
-def _read_footer(mapped: Tensor) -> tuple[dict[str, Any], Tensor]:
+def mapped(path: Path) -> Tensor:
+    """The file's bytes, private to this process where it writes. No memory is reserved: Linux would refuse large tables."""
+    with path.open("rb") as file:
+        flags, protection = mmap.MAP_PRIVATE | NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, flags=flags, prot=protection), dtype=torch.uint8)
+
+
+def _read_footer(whole: Tensor) -> tuple[dict[str, Any], Tensor]:
     """The footer and the payload before it."""
-    trailer = bytes(mapped[-TRAILER:].tolist())
+    trailer = bytes(whole[-TRAILER:].tolist())
     if trailer[40:] != MAGIC:
         raise UnusableError("is damaged or of another version (its end is missing)")
-    start = len(mapped) - TRAILER - int.from_bytes(trailer[:8], "little")
-    text = bytes(mapped[max(start, 0) : -TRAILER].tolist())
+    start = len(whole) - TRAILER - int.from_bytes(trailer[:8], "little")
+    text = bytes(whole[max(start, 0) : -TRAILER].tolist())
     if start < 0 or hashlib.sha256(text).digest() != trailer[8:40]:
         raise UnusableError("is damaged (its footer is not readable)")
     footer: dict[str, Any] = json.loads(text)
-    return footer, mapped[:start]
+    return footer, whole[:start]

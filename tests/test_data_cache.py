@@ -325,3 +325,23 @@ def test_digits_are_what_scikit_learn_has() -> None:
 def test_an_unknown_source_is_named() -> None:
     with pytest.raises(ValueError, match=r"^unknown data set 'x'; known are digits, folder, manifest, "):
         find_source("x")
+
+
+def test_a_table_larger_than_the_memory_is_mapped(folder: Path) -> None:
+    """A sparse file of a terabyte, which Linux refuses to reserve memory for."""
+    path = folder / "huge"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    assert len(cache.mapped(path)) == 2**40
+
+
+def test_a_table_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Counted().source
+    open_table(source)
+
+    def refused(*_: object) -> torch.Tensor:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache, "mapped", refused)
+    with pytest.raises(ValueError, match=r"cannot be used \(Permission denied\); set NOISY_LABEL_CACHE"):
+        open_table(source)

@@ -437,3 +437,18 @@ def test_a_damaged_image_is_named(name: str, damage: object, match: str, tmp_pat
     refused(f"folder:{tmp_path}", f"^image {tmp_path}/b/{name} cannot be read .*{match}")
     (tmp_path / "a" / "0.png").write_bytes(b"")
     refused(f"folder:{tmp_path}", f"^image {tmp_path}/a/0.png cannot be read .it is no image.$")  # already by the name
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Train", "Dev", "Test"), ("training", "validation", "testing")])
+def test_split_folders_by_their_usual_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        for number, kind in enumerate(("ant", "bee")):
+            (tmp_path / name / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / kind / "0.png")
+    table = find_source(f"folder:{tmp_path}").build()
+    assert table.classes == ("ant", "bee")
+    assert table.split is not None
+    assert table.split.tolist() == [TRAIN, TRAIN, VALIDATION, VALIDATION, TEST, TEST]
+    (tmp_path / "__MACOSX" / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"has {names[0]} and __MACOSX; write train, val, validation, test above the classes"):
+        find_source(f"folder:{tmp_path}", Options(image_size=8)).build()

@@ -179,11 +179,12 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
 
 SIGNALLED = """
 import os, signal, sys, threading, time
+from contextlib import suppress
 from pathlib import Path
 from search import leave
 from tune import executor
 from tune.desk import Desk
-from tune.driver import Interruption
+from tune.driver import Interrupted, Interruption
 from tune.ledger import Ledger
 from tune.spec import Sweep
 
@@ -193,7 +194,8 @@ terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
 with Interruption(desk, sweep.folder / "stop") as interruption:
     if sys.argv[2] == "early":
         threading.Timer(float(sys.argv[3]), terminate).start()
-    executor.run(desk, sweep.spec, interruption)
+    with suppress(Interrupted):  # where Ray is so slow that the grace ends first
+        executor.run(desk, sweep.spec, interruption)
     if sys.argv[2] == "late":
         terminate()
     time.sleep(0.1)

@@ -219,7 +219,7 @@ def test_a_configuration_comes_back_from_its_file_or_is_refused(storage: Path, t
         ({"values": {"learning": 1}}, "unknown hyperparameter 'learning'"),
         ({"values": {"lr": -1}}, "lr: -1.0 is not allowed"),
         ({"method": "magic"}, "unknown method 'magic'"),
-        ({"epochs": 0}, "--epochs: 0 is not allowed"),
+        ({"epochs": 0}, "--epochs: '0' is not allowed"),
         ({"data": "mnist9"}, "unknown data set 'mnist9'"),
         ({"more": 1}, "is no configuration; it must have the keys method, values"),
     ):

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from data.cache import open_table
 from data.dataset import Dataset, load
 from data.seeds import derive
-from data.sources import Options
+from data.sources import Options, find_source
 from data.table import Labelled
 from data.views import make_views
 from hparams import Value, build
@@ -49,6 +50,7 @@ class Recipe:
     image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
     precision: str = "auto"  # see models.Network.tuned
     compile: str = "off"  # on or off
+    table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +59,7 @@ class Recipe:
 
     def dataset(self, device: str = "cpu") -> Dataset:
         """The data set that it is run on, for batches on ``device``."""
-        names = ("data", "noise", "split_seed", "noise_seed", "validation_fraction", "trusted", "image_size")
+        names = ("data", "noise", "split_seed", "noise_seed", "validation_fraction", "trusted", "image_size", "table")
         fields = tuple(getattr(self, name) for name in names)
         return _dataset(*fields) if device == "cpu" else _moved(fields, device)
 
@@ -74,9 +76,21 @@ class EpochRecord:
 
 @lru_cache(maxsize=2)
 def _dataset(
-    data: str, noise: str, split_seed: int, noise_seed: int, validation_fraction: float, num_trusted: int, image_size: int
+    data: str,
+    noise: str,
+    split_seed: int,
+    noise_seed: int,
+    validation_fraction: float,
+    num_trusted: int,
+    image_size: int,
+    checksum: str,
 ) -> Dataset:
-    """Shared by the trials of a reused worker."""
+    """Shared by the trials of a reused worker. A table that is not the expected one may be this machine's from before the
+    source changed: it is read again, once. ValueError where the source itself is another."""
+    options = Options(image_size=image_size)
+    source = find_source(data, options)
+    if checksum and open_table(source).checksum != checksum and (now := open_table(source, fresh=True).checksum) != checksum:
+        raise ValueError(f"data set {data} has changed: its checksum {checksum[:12]} is now {now[:12]}")
     return load(
         data,
         noise,
@@ -84,7 +98,7 @@ def _dataset(
         noise_seed=noise_seed,
         validation_fraction=validation_fraction,
         num_trusted=num_trusted,
-        options=Options(image_size=image_size),
+        options=options,
     )
 
 

@@ -8,7 +8,9 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from data.folders import cache_folder, data_folder
 from tune.desk import Desk
 from tune.driver import Interrupted, Interruption
 from tune.spec import SweepSpec
@@ -28,6 +30,8 @@ def _prepare() -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
+    os.environ["NOISY_LABEL_CACHE"] = str(cache_folder())  # workers have a working directory of their own
+    os.environ["NOISY_LABEL_DATA"] = str(data_folder())
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -56,7 +60,10 @@ def connect(address: str) -> None:
     import ray
     from ray._private import utils
 
-    shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"]} if address else None
+    shipped: dict[str, Any] | None = None
+    if address:
+        places = {name: os.environ[name] for name in ("NOISY_LABEL_CACHE", "NOISY_LABEL_DATA")}
+        shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"], "env_vars": places}
     raise_exit = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:

@@ -17,13 +17,14 @@ from methods import find_method
 from training.experiment import Recipe
 from tune.ledger import Ledger, Record
 from tune.space import Space
-from tune.spec import SweepSpec, make_spec, read_field
+from tune.spec import SpecLoader, SweepSpec, make_spec, read_field
 
 
 def of_trial(ledger: Ledger, record: Record) -> Recipe:
     """All that a trial's numbers depend on. A retrained trial draws its noise anew."""
     noise_seed = ledger.sweep.spec.noise_seed + record.attrs.get("noise_draw", 0)
-    return _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
+    recipe = _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
+    return dataclasses.replace(recipe, table=ledger.sweep.provenance.get("table", ""))
 
 
 def prepare(data: str, image_size: int, *, download: bool = False) -> None:
@@ -31,9 +32,9 @@ def prepare(data: str, image_size: int, *, download: bool = False) -> None:
     open_table(find_source(data, Options(image_size=image_size, download=download)), fresh=True)
 
 
-def dataset(spec: SweepSpec) -> Dataset:
+def dataset(spec: SweepSpec, *, download: bool = False) -> Dataset:
     """What every trial of a sweep is run on, in main memory; read again where it has changed."""
-    prepare(spec.data, spec.image_size)
+    prepare(spec.data, spec.image_size, download=download)
     return _recipe(spec, spec.method[0], {}, seed=spec.seed, noise_seed=spec.noise_seed).dataset()
 
 
@@ -69,11 +70,12 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
 def from_yaml(path: Path) -> Recipe:
     """What ``train`` runs for a file that a sweep wrote. ValueError names what is wrong."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    if not isinstance(content, dict) or set(content) != set(names) or not isinstance(content.get("values"), dict):
+    fields = dataclasses.fields(Recipe)
+    names, needed = [f.name for f in fields], {f.name for f in fields if f.default is dataclasses.MISSING}
+    if not isinstance(content, dict) or not needed <= set(content) <= set(names) or not isinstance(content.get("values"), dict):
         raise ValueError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
     known = declared(find_method(str(content["method"])).Config)
     values = {}
@@ -81,7 +83,7 @@ def from_yaml(path: Path) -> Recipe:
         if name not in known:
             raise ValueError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
         values[name] = known[name].parse(value)
-    method = str(content.pop("method"))
-    fields = {name: read_field(name, value) for name, value in content.items()}
-    make_spec({**fields, "method": (method,)})
-    return Recipe(method=method, values=values, **fields)
+    method, table = str(content.pop("method")), str(content.pop("table", ""))
+    held = {name: read_field(name, value) for name, value in content.items()}
+    make_spec({**held, "method": (method,)})
+    return Recipe(method=method, values=values, table=table, **held)

@@ -171,6 +171,8 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
         if find_method(name).needs_trusted and not spec.trusted:
             raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
     source = spec.source()
+    if spec.image_size and not source.image_size:
+        raise ValueError(f"--image-size: {spec.image_size} is not allowed; images of {spec.data} have a size of their own")
     noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
     model = spec.model or str(source.defaults["model"])
     for name, value, known in (

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from optuna.trial import TrialState
 
+from data.dataset import Dataset
+from data.noise import parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
@@ -37,13 +39,14 @@ STALE_SECONDS = 600  # longer than any launch takes to make its folder
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
 
 
-def _provenance(fingerprint: str) -> dict[str, Any]:
+def _provenance(dataset: Dataset) -> dict[str, Any]:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "id": uuid.uuid4().hex,
         "created": round(time.time(), 3),
-        "data": fingerprint,
+        "data": dataset.fingerprint,
+        "table": dataset.checksum,
         "commit": commit or "unknown",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -60,7 +63,7 @@ class Ended(NamedTuple):
     advice: str = ""
 
 
-def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) -> Ended:
+def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, download: bool = False) -> Ended:
     """Starts a sweep. ValueError for anything that a user can get wrong, before Ray starts."""
     folder = storage / check_name(name)
     if folder.exists():
@@ -70,7 +73,7 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) 
     check_resources(spec)
     check_storage(storage)
     check_tracking(tracking_uri(storage, spec.tracking))
-    dataset = dataset_of(spec)
+    dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
     for line in describe(spec, space, dataset):
         print(line)
@@ -84,7 +87,7 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) 
     making = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=storage))
     try:
         making.chmod(0o755)
-        sweep = Sweep(making, spec, _provenance(dataset.fingerprint))
+        sweep = Sweep(making, spec, _provenance(dataset))
         sweep.write()
         ledger = Ledger(sweep, create=True)
         for method in spec.method:
@@ -101,7 +104,7 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False) 
     return execute(Sweep.read(folder), SWEEP, resume_command(folder))
 
 
-def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
+def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     """What is about to run, for the user to check: data, noise, network, defaults, ranges and rungs."""
     report = dataset.noise
     noise = f", realised rate {report.realised_rate:.4f}, labels {report.label_checksum[:12]}" if report else ""
@@ -111,6 +114,10 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     channels, side = dataset.input_shape
     shape = f"{dataset.num_classes} classes, images of {side} x {side} x {channels}"
     lines = [f"data {spec.data}: {shape}; {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
+    mapping = parse_noise(spec.noise).completed(dataset.source.maps).mapping
+    if mapping and dataset.classes:
+        flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
+        lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")
     if not spec.gpus_per_trial and not spec.address and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
@@ -135,16 +142,20 @@ def describe(spec: SweepSpec, space: Space, dataset: Any) -> list[str]:
     return lines
 
 
+def check_data(sweep: Sweep, spec: SweepSpec) -> None:
+    """ValueError where images, labels or split are not those of the launch."""
+    before, now = sweep.provenance["data"], dataset_of(spec).fingerprint
+    if now != before:
+        raise ValueError(f"the data changed since {sweep.name!r} was launched: its checksum {before[:12]} is now {now[:12]}")
+
+
 def resume(name: str, storage: Path, changes: dict[str, Any]) -> Ended:
     """Goes on with a sweep: finishes it, extends it to more trials, or reports that nothing is left to do."""
     sweep = Sweep.find(storage, name)
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": absolute(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
     check_storage(storage)
-    fingerprint = dataset_of(spec).fingerprint
-    if fingerprint != sweep.provenance["data"]:
-        before = sweep.provenance["data"]
-        raise ValueError(f"the data changed since {name!r} was launched: its checksum {before[:12]} is now {fingerprint[:12]}")
+    check_data(sweep, spec)
     num_begun = len(Ledger(sweep, read_only=True).records)
     if spec.trials < min(num_begun, sweep.spec.trials):
         raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
@@ -170,6 +181,7 @@ def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> Ended:
         over = searched.count(TrialState.PRUNED) >= sweep.spec.trials
         advice = "all were stopped or diverged" if over else f"finish it with: {resume_command(sweep.folder)}"
         raise ValueError(f"sweep {name!r} has no complete trial; {advice}")
+    check_data(sweep, sweep.spec)
     command = command_line("retrain", sweep.folder, "--top", top, "--seeds", num_seeds)
     with driver_lock(sweep.folder, command):
         (sweep.folder / RETRAIN).mkdir(exist_ok=True)

@@ -32,6 +32,7 @@ from data.readers.images import (
 )
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
+SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
 COLUMNS = ("path", "label", "truth", "split")
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 WHOLE = re.compile(r"-?[0-9]{1,18}")
@@ -41,9 +42,9 @@ log = logging.getLogger(__name__)
 def folder(argument: str, options: Options) -> Source:
     """``folder:PATH``: one folder per class, whose sorted names are the classes, with images in it or in folders within it.
 
-    Where all folders at the top are among train, val, validation and test, these are the split, and the classes are those of
-    train. Hidden files are left out, and so are files that are no images, with a line that says how many. The labels are given
-    labels; those of test are clean, too. ValueError where a class is empty or in test only.
+    Where the folders at the top are train, val, validation or test, in any case, these are the split, and the classes are
+    those of train. Hidden files are left out, and so are files that are no images, with a line that says how many. The
+    labels are given labels; those of test are clean, too. ValueError where a class is empty or in test only.
     """
     path = _path("folder", argument, "PATH")
     return _source("folder", path, path, lambda: _first_in_folder(path), lambda: _read_folder(path), options)
@@ -132,10 +133,16 @@ def _source(
 def _parts(path: Path) -> list[tuple[int, Path]]:
     """The folders that hold the class folders, each with its part of the split, training first."""
     tops, _ = entries(path)
-    if not tops or not all(top.name in SPLITS for top in tops):
+    parts = sorted((SPLIT_FOLDERS[top.name.lower()], top) for top in tops if top.name.lower() in SPLIT_FOLDERS)
+    others = [top.name for top in tops if top.name.lower() not in SPLIT_FOLDERS]
+    trained = bool(parts) and parts[0][0] == TRAIN
+    if not parts or (others and not trained):
         return [(TRAIN, path)]
-    parts = sorted((SPLITS[top.name], top) for top in tops)
-    if parts[0][0] != TRAIN:
+    if others:
+        raise ValueError(
+            f"folder {path} has {parts[0][1].name} and {others[0]}; write {', '.join(SPLITS)} above the classes, or none"
+        )
+    if not trained:
         raise ValueError(f"folder {path} has {', '.join(top.name for _, top in parts)}, but no train")
     return parts
 
