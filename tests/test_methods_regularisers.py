@@ -602,7 +602,7 @@ MUTATIONS = [
     ),
     Mutation(ELR_PLUS, "        0.014,", "        0.0154,", ELR_DEFAULTS),
     Mutation(ELR_PLUS, "        3.0,", "        3.3,", ELR_DEFAULTS),
-    Mutation(ELR_PLUS, 'hyperparameter(0.0, "fraction', 'hyperparameter(0.1, "fraction', ELR_DEFAULTS),
+    Mutation(ELR_PLUS, '        0.0, "fraction', '        0.1, "fraction', ELR_DEFAULTS),
     Mutation(ELR_PLUS, "        1.0,", "        1.1,", ELR_DEFAULTS),
     Mutation(ELR_PLUS, "        0.00473,", "        0.0052,", ELR_DEFAULTS),
     Mutation(ELR_PLUS, "        0.569,", "        0.626,", ELR_DEFAULTS),
