@@ -12,11 +12,11 @@ worker processes beside it, on cores that a search would give to further trials.
 
 A run is ``--epochs`` epochs after one that is not counted. In each repeat all are run right after each other; reported are the
 median over repeats with its range, and the median of the ratios within repeats. "evaluated": the pass over the validation set
-after each epoch counts, too, and in ours what a trial measures beside it. "per core": samples per second of processor time, all
-processes and evaluation included, which is what counts where every core has a trial, and which other work on the machine
-disturbs less. "of matmul": floating-point operations of the steps, counted by torch, per second (on a CPU of processor time),
-as a share of what torch.mm reaches in the same type in the same repeat. ``--profile`` prints instead where our epochs spend
-their time, by median duration of each kind of operation. ``cifar-like`` are random 32 x 32 x 3 images.
+after each epoch counts, too, and in ours what a trial measures beside it, the test set above all. "per core": samples of
+training alone per second of processor time, workers included, which is what counts where every core has a trial, and which
+other work on the machine disturbs less. "of matmul": floating-point operations of the steps, counted by torch, per second (on a
+CPU of processor time), as a share of what torch.mm reaches in the same type in the same repeat. ``--profile`` prints instead
+where our epochs spend their time, by median duration of each kind of operation. ``cifar-like`` are random 32 x 32 x 3 images.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODELS = {"digits": "small-cnn", "cifar-like": "resnet18"}
 
 @dataclass(frozen=True)
 class Speed:
-    """Samples per second of training alone, with evaluation, and per second of processor time with evaluation."""
+    """Samples per second of training alone, with evaluation, and of training per second of processor time."""
 
     trained: float
     evaluated: float
@@ -98,11 +98,21 @@ def ours(method: str, options: argparse.Namespace, device: str) -> Speed:
     experiment = Experiment(recipe(method, options), device=device)
     num_train = len(experiment.recipe.dataset().train)
     experiment.advance()
-    began, used = synchronised(device), processor_seconds()
+    began = synchronised(device)
     trained = sum(num_train / experiment.advance().metrics["samples_per_second"] for _ in range(options.epochs))
-    evaluated, used = synchronised(device) - began, processor_seconds() - used
-    num_seen = options.epochs * num_train
-    return Speed(num_seen / trained, num_seen / evaluated, num_seen / used)
+    evaluated = synchronised(device) - began
+    used = processor_seconds()
+    run_steps(experiment, device)
+    used = processor_seconds() - used
+    return Speed(options.epochs * num_train / trained, options.epochs * num_train / evaluated, num_train / used)
+
+
+def run_steps(experiment: Experiment, device: str) -> None:
+    """The last epoch of the budget without what comes after it."""
+    clock = Clock(experiment.recipe.epochs - 1, experiment.recipe.epochs)
+    experiment.method.train()
+    for batch in experiment.method.batches(experiment.recipe.dataset(device).train, clock):
+        experiment.statistics.observe(experiment.method.step(batch, clock))
 
 
 # The usual way
@@ -171,18 +181,16 @@ def usual(method: str, options: argparse.Namespace, device: str, workers: int) -
     soft = SoftLabels(dataset.train.labels, dataset.num_classes, epochs) if method == "alr" else None
     trained = evaluated = used = 0.0
     for epoch in range(epochs):
-        began = synchronised(device)
+        began, before = synchronised(device), processor_seconds()
         for group in optimiser.param_groups:
             group["lr"] = half_cosine(0.05, epoch / epochs)
         train_usually(model, optimiser, train, soft, epoch, device)
-        between = synchronised(device)
+        between, after = synchronised(device), processor_seconds()
         correct_usually(model, validation, device)
         if epoch:
             trained += between - began
             evaluated += synchronised(device) - began
-        else:
-            used = processor_seconds()
-    used = processor_seconds() - used
+            used += after - before
     num_seen = options.epochs * len(dataset.train)
     return Speed(num_seen / trained, num_seen / evaluated, num_seen / used)
 
@@ -223,15 +231,12 @@ def busy_seconds(device: str) -> float:
 def step_rate(method: str, options: argparse.Namespace, device: str) -> tuple[float, float]:
     """Of the last epoch's steps, forward and backward: floating-point operations per sample, and per second of work."""
     experiment = Experiment(recipe(method, options), device=device)
-    learner, data = experiment.method.train(), experiment.recipe.dataset(device).train
-    clock = Clock(options.epochs, options.epochs + 1)
     with FlopCounterMode(display=False) as counter:
-        step = learner.step(next(iter(learner.batches(data, clock))), clock)
-    flops = float(counter.get_total_flops()) / len(step.index)
+        run_steps(experiment, device)
     began = busy_seconds(device)
-    for batch in learner.batches(data, clock):
-        experiment.statistics.observe(learner.step(batch, clock))
-    return flops, flops * len(data) / (busy_seconds(device) - began)
+    run_steps(experiment, device)
+    seconds = busy_seconds(device) - began
+    return counter.get_total_flops() / len(experiment.recipe.dataset().train), counter.get_total_flops() / seconds
 
 
 def matmul_rate(device: str) -> float:

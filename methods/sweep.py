@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.table import TrainData, fitting
+from data.table import TrainData
 from methods.base import Learner, View
 
 SWEEP_BATCH = 1024
@@ -19,7 +19,7 @@ def sweep(learner: Learner, data: TrainData, view: View) -> tuple[Tensor, Tensor
     training = learner.training
     learner.eval()
     with torch.no_grad():
-        swept = [(batch.index, learner(view(batch.images))) for batch in data.shuffled(fitting(SWEEP_BATCH, data.images))]
+        swept = [(batch.index, learner(view(batch.images))) for batch in data.shuffled(data.fitting(SWEEP_BATCH))]
     learner.train(training)
     indices, logits = zip(*swept, strict=True)
     return torch.cat(indices), torch.cat(logits)

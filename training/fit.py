@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.seeds import derive
-from data.table import Labelled, fitting
+from data.table import Labelled
 from methods.base import Clock, Method
 from training.statistics import RefinementStatistics
 
@@ -91,7 +91,7 @@ def _train(method: Method[Any], dataset: Dataset, statistics: RefinementStatisti
 def predict(method: Method[Any], data: Labelled) -> Tensor:
     """Probabilities [N, K] of every sample, in evaluation mode. Raises :class:`Diverged`."""
     method.eval()
-    batches = data.in_order(fitting(EVALUATION_BATCH, data.images))
+    batches = data.in_order(data.fitting(EVALUATION_BATCH))
     with torch.no_grad():
         probabilities = torch.cat([method.predict(batch.images) for batch in batches])
     if not bool(probabilities.isfinite().all()):
