@@ -200,8 +200,11 @@ def train(options: argparse.Namespace) -> int:
     import torch
 
     from training.experiment import Experiment
+    from tune.checks import check_compiler
 
-    experiment = Experiment(recipe, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_compiler(recipe.compile, device)
+    experiment = Experiment(recipe, device=device)
     print(f"{recipe.method} on {recipe.data}, noise {recipe.noise}, network {recipe.model}, {recipe.epochs} epochs")
     try:
         for record in experiment:

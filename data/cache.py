@@ -12,7 +12,6 @@ where the next process goes on. ``KEY.lock`` is held by the process that builds,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,13 +27,13 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.folders import cache_folder
+from data.folders import alone, cache_folder
 from data.noise import label_bytes
-from data.sources import RawTable, Source
+from data.sources import TEST, RawTable, Source
 
 T = TypeVar("T")
 
-MAGIC = b"NLSTAB02"
+MAGIC = b"NLSTAB03"
 TRAILER = 8 + 32 + len(MAGIC)
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python 3.11 lacks the name
 COLUMNS = ("truth", "given", "split")
@@ -53,7 +52,7 @@ class Table:
     split: Tensor | None  # data.sources.TRAIN, VALIDATION or TEST
     num_classes: int
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of all images but those of the source's own test split
     std: tuple[float, ...]
     checksum: str  # sha256 of images and labels as they are in the file
 
@@ -74,7 +73,7 @@ def open_table(source: Source, *, fresh: bool = False) -> Table:
         with contextlib.suppress(FileNotFoundError, UnusableError):
             return _checked(path, stamp)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with alone(path.with_suffix(".lock"), f"another process builds {path}"):
             return _built(path, source, stamp)
     except OSError as error:
         reason = error.strerror or error
@@ -119,18 +118,6 @@ def _identity(path: Path) -> str:
     return f"{status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The lock of a table's file, as long as it lasts: the kernel's, so that a dead process leaves none."""
-    with path.with_suffix(".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another process builds %s; waiting for it", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _build(path: Path, source: Source) -> None:
     """Decodes ``source`` into ``path``, going on where a process before has stopped. A reader sees a whole file or none."""
     stamp, raw = _of(source, source.stamp), _of(source, source.build)
@@ -139,16 +126,18 @@ def _build(path: Path, source: Source) -> None:
     plan = {"stamp": stamp, "shape": list(raw.shape)}
     done = _done(partial, notes, plan, row_bytes)
     counter = Counter(raw.shape[1])
+    counted = torch.ones(raw.shape[0], dtype=torch.bool) if raw.split is None else raw.split != TEST
     with partial.open("r+b" if done else "wb") as file:
         rows = max(1, READ_BYTES // row_bytes)
         for start in range(0, done, rows):
             read = bytearray(file.read(min(rows, done - start) * row_bytes))
-            counter.add(torch.frombuffer(read, dtype=torch.uint8).view(-1, *raw.shape[1:]))
+            before = torch.frombuffer(read, dtype=torch.uint8).view(-1, *raw.shape[1:])
+            counter.add(before, counted[start : start + len(before)])
         file.truncate(done * row_bytes)
         synced = time.monotonic()
         for block in _blocks(source, raw, done):
             file.write(block.contiguous().numpy().data)
-            counter.add(block)
+            counter.add(block, counted[done : done + len(block)])
             done += len(block)
             if time.monotonic() - synced > SYNC_SECONDS:
                 _sync(file)
@@ -220,15 +209,17 @@ def _sync(file: IO[bytes]) -> None:
 
 
 class Counter:
-    """Checksum and statistics of images that come block by block: exact, by counting the 256 values."""
+    """Checksum, and statistics of the images that are not tested on, block by block: exact, by counting the 256 values."""
 
     def __init__(self, channels: int) -> None:
         self.digest = hashlib.sha256()
         self.counts = torch.zeros(channels, 256, dtype=torch.int64)
 
-    def add(self, images: Tensor) -> None:
-        """uint8 [b, C, H, W]."""
+    def add(self, images: Tensor, counted: Tensor) -> None:
+        """Images uint8 [b, C, H, W]; of the statistics are those that are ``counted``, bool [b]."""
         self.digest.update(images.contiguous().numpy().data)
+        if not bool(counted.all()):
+            images = images[counted]
         for counts, channel in zip(self.counts, images.unbind(dim=1), strict=True):
             counts += torch.bincount(channel.flatten(), minlength=256)
 

@@ -368,3 +368,21 @@ print("imported:", sorted({{"ray", "mlflow", "torchvision"}} & set(sys.modules))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("imported: []\n")
     assert "complete" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["launch", "no-compiler"], ["train"]])
+def test_a_compiler_that_is_missing_is_named_before_anything_starts(words: list[str], tmp_path: Path) -> None:
+    storage = [] if words == ["train"] else ["--storage", str(tmp_path)]
+    command = [sys.executable, "search.py", *words, "--method", "ce", "--compile", "on", *storage]
+    environment = {**os.environ, "CXX": "/nonexistent"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "error: --compile: 'on' is not allowed; this machine cannot compile (InvalidCxxCompiler: No working C++ compiler found"
+        )
+    )
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "no-compiler").exists()

@@ -75,6 +75,15 @@ def test_what_was_built_is_what_is_mapped(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"tiny.lock", "tiny.table"}  # nothing else stays
 
 
+def test_statistics_leave_the_source_s_own_test_images_out(folder: Path) -> None:
+    split = torch.arange(len(IMAGES)) % 3  # TRAIN, VALIDATION, TEST
+    table = open_table(Source("split", "split", lambda: RawTable.of(IMAGES, 3, truth=TRUTH, split=split), defaults={}))
+    scaled = IMAGES[split != 2].double().div(255).transpose(0, 1).flatten(1)
+    assert table.mean == pytest.approx(scaled.mean(dim=1).tolist(), abs=1e-12)
+    assert table.std == pytest.approx(scaled.std(dim=1, correction=0).tolist(), abs=1e-12)
+    assert torch.equal(table.images, IMAGES)
+
+
 def test_a_source_may_lack_either_labels() -> None:
     def bare(name: str, truth: torch.Tensor | None, given: torch.Tensor | None) -> cache.Table:
         return open_table(Source(name, name, lambda: RawTable.of(IMAGES, 3, truth=truth, given=given), defaults={}))

@@ -6,8 +6,11 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +159,37 @@ def test_what_is_missing_is_downloaded(root: Path, monkeypatch: pytest.MonkeyPat
     ):
         find("cifar10", root, download=True).build()  # the archive that is there is not the published one
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    (folder / "data_batch_3").mkdir(parents=True)  # in the way of the third file
+    with pytest.raises(ValueError, match=r"data set cifar10: .* cannot be brought to .*data_batch_3"):
+        find("cifar10", root, download=True).build()
+    (folder / "data_batch_3").rmdir()
+    known = cifar.CIFAR["cifar10"]
+    sums = {**known.train, **known.test, **known.meta}
+    for path in folder.iterdir():
+        assert hashlib.md5(path.read_bytes()).hexdigest() == sums[path.name]  # a file is whole or not there
     assert torch.equal(columns(find("cifar10", root, download=True).build())[0], expected)
+    assert {path.name for path in root.iterdir()} == {folder.name, "cifar-100-python", archive.name, ".cifar10.lock"}
+
+
+def test_of_two_downloads_one_fetches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import utils
+
+    folder, elsewhere = root / "cifar-10-batches-py", root / "elsewhere"
+    expected = columns(find("cifar10", root).build())[0]
+    folder.rename(elsewhere)
+    fetched: list[str] = []
+
+    def slowly(url: str, root: str, scratch: str, *_: object) -> None:
+        fetched.append(url)
+        time.sleep(0.5)
+        shutil.copytree(elsewhere, Path(scratch) / folder.name)
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        tables = list(pool.map(lambda _: find("cifar10", root, download=True).build(), range(2)))
+    assert len(fetched) == 1
+    for table in tables:
+        assert torch.equal(columns(table)[0], expected)
 
 
 # --- human labels -----------------------------------------------------------------------------------------------------------

@@ -43,6 +43,19 @@ def check_network(spec: SweepSpec, dataset: Dataset) -> None:
     make_model(spec.model, in_channels=channels, image_size=side, num_classes=dataset.num_classes, dropout=0.0)
 
 
+def check_compiler(compiled: str, device: str) -> None:
+    """ValueError where networks are to be compiled and this machine cannot do that: a first function is, in about 20 s."""
+    if compiled == "off":
+        return
+    import torch
+
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except RuntimeError as error:  # the compiler's own are
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})") from error
+
+
 def num_gpus() -> int:
     """GPUs of this machine that torch can use."""
     import torch

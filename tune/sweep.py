@@ -23,7 +23,7 @@ from data.noise import parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import absolute, check_network, check_resources, check_storage, check_tracking, num_gpus
+from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
@@ -75,6 +75,8 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, 
     check_tracking(tracking_uri(storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
+    if not spec.address:
+        check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in describe(spec, space, dataset):
         print(line)
     if dry_run:

@@ -14,12 +14,14 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.folders import alone
 from data.readers.base import TEST, TRAIN, Options, RawTable, Source, without_argument
 
 
@@ -32,6 +34,10 @@ class Published(NamedTuple):
     meta: dict[str, str]
     labels: str  # key in the files
     classes: str  # key in meta
+
+    def missing(self, folder: Path) -> list[str]:
+        """Files that are not there."""
+        return [file for file in (*self.train, *self.test, *self.meta) if not (folder / file).is_file()]
 
 
 CIFAR = {
@@ -151,7 +157,7 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
     folder = root / published.folder
 
     def build() -> RawTable:
-        missing = [file for file in (*published.train, *published.test, *published.meta) if not (folder / file).is_file()]
+        missing = published.missing(folder)
         if missing and not options.download:
             raise ValueError(f"data set {name}: {missing[0]} is not in {folder}; put it there as published, or use --download")
         if missing:
@@ -191,12 +197,19 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
 
 
 def _download(name: str, root: Path) -> None:
+    """Fetches what is missing. A file is there as a whole or not at all, and of two processes one fetches."""
     from torchvision import datasets  # takes seconds to import
     from torchvision.datasets.utils import download_and_extract_archive
 
-    known = getattr(datasets, name.upper())
+    known, published = getattr(datasets, name.upper()), CIFAR[name]
+    folder = root / published.folder
     try:
-        download_and_extract_archive(known.url, str(root), filename=known.filename, md5=known.tgz_md5)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(root / f".{name}.lock", f"another process fetches {name}"), TemporaryDirectory(dir=root) as scratch:
+            if published.missing(folder):
+                download_and_extract_archive(known.url, str(root), scratch, known.filename, known.tgz_md5)
+                for path in (Path(scratch) / published.folder).iterdir():
+                    path.replace(folder / path.name)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"data set {name}: {known.url} cannot be brought to {root} ({error})") from error
 
