@@ -377,12 +377,9 @@ def test_a_compiler_that_is_missing_is_named_before_anything_starts(words: list[
     environment = {**os.environ, "CXX": "/nonexistent"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 2
-    assert (
-        ended.stderr.strip()
-        .splitlines()[-1]
-        .startswith(
-            "error: --compile: 'on' is not allowed; this machine cannot compile (InvalidCxxCompiler: No working C++ compiler found"
-        )
+    error = ended.stderr.strip().splitlines()[-1]
+    assert error.startswith(
+        "error: --compile: 'on' is not allowed; this machine cannot compile (InvalidCxxCompiler: No working C++"
     )
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "no-compiler").exists()
