@@ -11,8 +11,8 @@ Ours is the trainer of a trial, statistics included. Both compute with one threa
 worker processes beside it, on cores that a search would give to further trials.
 
 A run is ``--epochs`` epochs after one that is not counted. In each repeat all are run right after each other; reported are the
-median over repeats with its range, and the median of the ratios within repeats. "evaluated": the pass over the validation set
-after each epoch counts, too, and in ours what a trial measures beside it, the test set above all. "per core": samples of
+median over repeats with its range, and the median of the ratios within repeats. "evaluated": the passes after the epochs count,
+too: over the validation set after each, over the test set where a trial measures it, the same ones in both. "per core": samples of
 training alone per second of processor time, workers included, which is what counts where every core has a trial, and which
 other work on the machine disturbs less. "of matmul": floating-point operations of the steps, counted by torch, per second (on a
 CPU of processor time), as a share of what torch.mm reaches in the same type in the same repeat. ``--profile`` prints instead
@@ -48,7 +48,7 @@ from data.table import Labelled  # noqa: E402
 from methods.alr import ALRConfig  # noqa: E402
 from methods.base import Clock, half_cosine, memory_momentum  # noqa: E402
 from models import make_model  # noqa: E402
-from training.experiment import Experiment, Recipe  # noqa: E402
+from training.experiment import Experiment, Recipe, tested_epochs  # noqa: E402
 
 MODELS = {"digits": "small-cnn", "cifar-like": "resnet18"}
 
@@ -137,7 +137,7 @@ class Images(TorchDataset[tuple[Tensor, int, int]]):
 
 
 def loaders(dataset: Dataset, options: argparse.Namespace, workers: int, device: str) -> list[DataLoader[Any]]:
-    """Of the training and the validation set."""
+    """Of the training, the validation and the test set."""
     from torchvision import transforms
 
     size = dataset.train.images.shape[2]
@@ -145,9 +145,11 @@ def loaders(dataset: Dataset, options: argparse.Namespace, workers: int, device:
     plain = [transforms.ToTensor(), transforms.Normalize(dataset.mean, dataset.std)]
     weak = [transforms.RandomCrop(size, padding=size // 8), *flips, *plain]
     common: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device == "cuda"}
+    assert dataset.test is not None
     return [
         DataLoader(Images(dataset.train, transforms.Compose(weak)), options.batch, shuffle=True, **common),
         DataLoader(Images(dataset.validation, transforms.Compose(plain)), options.batch, **common),
+        DataLoader(Images(dataset.test, transforms.Compose(plain)), options.batch, **common),
     ]
 
 
@@ -177,8 +179,9 @@ def usual(method: str, options: argparse.Namespace, device: str, workers: int) -
     model = model.to(device)
     epochs = options.epochs + 1
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    train, validation = loaders(dataset, options, workers, device)
+    train, validation, test = loaders(dataset, options, workers, device)
     soft = SoftLabels(dataset.train.labels, dataset.num_classes, epochs) if method == "alr" else None
+    tested = tested_epochs(epochs, rungs=())
     trained = evaluated = used = 0.0
     for epoch in range(epochs):
         began, before = synchronised(device), processor_seconds()
@@ -187,6 +190,8 @@ def usual(method: str, options: argparse.Namespace, device: str, workers: int) -
         train_usually(model, optimiser, train, soft, epoch, device)
         between, after = synchronised(device), processor_seconds()
         correct_usually(model, validation, device)
+        if epoch + 1 in tested:
+            correct_usually(model, test, device)
         if epoch:
             trained += between - began
             evaluated += synchronised(device) - began
