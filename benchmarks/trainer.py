@@ -12,7 +12,7 @@ worker processes beside it, on cores that a search would give to further trials.
 
 A run is ``--epochs`` epochs after one that is not counted. In each repeat all are run right after each other; reported are the
 median over repeats with its range, and the median of the ratios within repeats. "evaluated": the passes after the epochs count,
-too: over the validation set after each, over the test set where a trial measures it, the same ones in both. "per core": samples of
+too: over the validation set after each, over the test set where a trial measures it, in both loops. "per core": samples of
 training alone per second of processor time, workers included, which is what counts where every core has a trial, and which
 other work on the machine disturbs less. "of matmul": floating-point operations of the steps, counted by torch, per second (on a
 CPU of processor time), as a share of what torch.mm reaches in the same type in the same repeat. ``--profile`` prints instead
