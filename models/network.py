@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 
 class Trunk(nn.Sequential):
-    """float32 [B, C, H, W] -> features, float32 [B, F], computed in the precision and memory format that suit the device."""
+    """float32 [B, C, H, W] -> features, float32 [B, F], computed in the precision that suits the device, channels last."""
 
     precision = torch.float32
-    memory_format = torch.contiguous_format
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=self.memory_format)
+        images = images.contiguous(memory_format=torch.channels_last)
         low = self.precision != torch.float32
         with torch.autocast(images.device.type, self.precision) if low else nullcontext():
             features: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
@@ -39,15 +38,14 @@ class Network(nn.Module):
     def tuned(self, device: str, precision: str = "auto", compiled: bool = False) -> Network:
         """Moves it to ``device`` and makes it as fast as that device can, in place.
 
-        Precision auto: on a GPU bfloat16 autocast with images stored channels last; on a CPU float32, where results are to be
-        the same on every machine. ``compiled``: by torch.compile, in place; the next network of the same shape in a process
-        finds what was compiled.
+        Precision auto: on a GPU bfloat16 autocast; on a CPU float32, where results are to be the same on every machine. Images
+        and filters are stored channels last everywhere: tensor cores want it, and a CPU pools and normalises several times as
+        fast. ``compiled``: by torch.compile, in place; the next network of the same shape in a process finds what was compiled.
         """
         on_gpu = torch.device(device).type == "cuda"
         low = precision == "bfloat16" or (precision == "auto" and on_gpu)
         self.features.precision = torch.bfloat16 if low else torch.float32
-        self.features.memory_format = torch.channels_last if on_gpu or low else torch.contiguous_format
-        self.to(device).to(memory_format=self.features.memory_format)  # type: ignore[call-overload]
+        self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:
             self.features.compile()
         return self

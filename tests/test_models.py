@@ -117,7 +117,7 @@ def test_torchvisions_resnet_with_our_stem_and_weights_gives_the_same(name: str)
     theirs.maxpool = nn.Identity()
     ours = make(name)
     copy_in_order(theirs, ours)
-    images = torch.randn(2, 3, 16, 16)
+    theirs, ours, images = theirs.double(), ours.double(), torch.randn(2, 3, 16, 16).double()
     torch.testing.assert_close(ours(images), theirs(images))  # in training, and then with the statistics of that batch
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
@@ -147,7 +147,7 @@ def test_timms_preactivation_resnet_with_our_stem_and_weights_gives_the_same(
         theirs.norm = nn.Identity()  # see the docstring of preact_resnet
     ours = make(name).features
     copy_in_order(theirs, ours)
-    images = torch.randn(2, 3, 16, 16)
+    theirs, ours, images = theirs.double(), ours.double(), torch.randn(2, 3, 16, 16).double()
     torch.testing.assert_close(ours(images), theirs(images).flatten(1))
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images).flatten(1))
 
@@ -174,7 +174,7 @@ def test_pretrained_weights_are_read_from_torch_hubs_folder(tmp_path: Path, monk
     ours = make(PRETRAINED, num_classes=1000)
     assert not torch.equal(ours.head.weight, theirs.fc.weight)
     ours.head = theirs.fc
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
