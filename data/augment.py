@@ -261,32 +261,9 @@ _CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Solarize": lambda images, magnitude: solarize(images, 255 * magnitude),
     "AutoContrast": lambda images, _: autocontrast(images),
     "Equalize": lambda images, _: equalize(images),
-    "Invert": lambda images, _: ~images,
 }
 OPERATIONS = (*_MAPS, *_CHANGES)
 _LAST_SIGNED = OPERATIONS.index("Sharpness")
-
-# AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019): operation, probability, magnitude 0..9 (0 where it has none)
-_CIFAR10_POLICY = """
-Invert 0.1 0, Contrast 0.2 6; Rotate 0.7 2, TranslateX 0.3 9; Sharpness 0.8 1, Sharpness 0.9 3;
-ShearY 0.5 8, TranslateY 0.7 9; AutoContrast 0.5 0, Equalize 0.9 0; ShearY 0.2 7, Posterize 0.3 7;
-Color 0.4 3, Brightness 0.6 7; Sharpness 0.3 9, Brightness 0.7 9; Equalize 0.6 0, Equalize 0.5 0;
-Contrast 0.6 7, Sharpness 0.6 5; Color 0.7 7, TranslateX 0.5 8; Equalize 0.3 0, AutoContrast 0.4 0;
-TranslateY 0.4 3, Sharpness 0.2 6; Brightness 0.9 6, Color 0.2 8; Solarize 0.5 2, Invert 0.0 0;
-Equalize 0.2 0, AutoContrast 0.6 0; Equalize 0.2 0, Equalize 0.6 0; Color 0.9 9, Equalize 0.6 0;
-AutoContrast 0.8 0, Solarize 0.2 8; Brightness 0.1 3, Color 0.7 0; Solarize 0.4 5, AutoContrast 0.9 0;
-TranslateY 0.9 9, TranslateY 0.7 9; AutoContrast 0.9 0, Solarize 0.8 3; Equalize 0.8 0, Invert 0.1 0;
-TranslateY 0.7 9, AutoContrast 0.9 0
-"""
-
-
-@lru_cache(maxsize=1)
-def cifar10_policy() -> tuple[Tensor, Tensor, Tensor]:
-    """The table above, [25, 2] each: numbers of operations, probabilities, magnitudes."""
-    cells = [[step.split() for step in pair.split(",")] for pair in _CIFAR10_POLICY.split(";")]
-    operation = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in cells])
-    probability = torch.tensor([[float(value) for _, value, _ in pair] for pair in cells])
-    return operation, probability, torch.tensor([[int(value) for _, _, value in pair] for pair in cells])
 
 
 @lru_cache(maxsize=8)
@@ -339,16 +316,6 @@ def rand_augment(images: Tensor, num_ops: int = 2, magnitude: int = 10, bins: in
     """``num_ops`` of torchvision's 14 operations one after the other, uniformly, magnitude 0..bins - 1 (Cubuk et al. 2020)."""
     table = magnitudes(bins, *images.shape[2:])[:, magnitude]
     for _ in range(num_ops):
-        operation = torch.randint(OPERATIONS.index("Invert"), (len(images),))
+        operation = torch.randint(len(OPERATIONS), (len(images),))
         images = operate(images, operation, _signed(operation, table[operation]))
-    return images
-
-
-def auto_augment(images: Tensor) -> Tensor:
-    """One of the 25 pairs of AutoAugment's policy for CIFAR-10 (Cubuk et al. 2019), each step with its probability."""
-    table = magnitudes(10, *images.shape[2:])
-    pair = torch.randint(25, (len(images),))
-    for operation, probability, magnitude in zip(*(column[pair].unbind(1) for column in cifar10_policy()), strict=True):
-        chosen = torch.where(torch.rand(len(images)) < probability, operation, OPERATIONS.index("Identity"))
-        images = operate(images, chosen, _signed(chosen, table[chosen, magnitude]))
     return images

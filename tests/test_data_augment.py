@@ -258,10 +258,10 @@ def operated(image: Tensor, name: str, magnitude: float) -> Tensor:
     return changed
 
 
-@pytest.mark.parametrize(("space", "bins"), [(v2.RandAugment, 31), (v2.AutoAugment, 10)])
-def test_magnitudes_are_torchvisions(space: Any, bins: int) -> None:
+def test_magnitudes_are_torchvisions() -> None:
+    bins = 31
     table = augment.magnitudes(bins, 33, 20)
-    for name, (make, signed) in space._AUGMENTATION_SPACE.items():
+    for name, (make, signed) in v2.RandAugment._AUGMENTATION_SPACE.items():
         theirs = make(bins, 33, 20)
         theirs = torch.zeros(bins) if theirs is None else theirs.float()
         ours = table[augment.OPERATIONS.index(name)]
@@ -351,37 +351,6 @@ def test_rand_augment_draws_each_operation_anew() -> None:
     assert torch.equal(augment.rand_augment(images, num_ops=0), images)
 
 
-def test_the_policy_is_torchvisions() -> None:
-    theirs = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)._policies
-    operation, probability, step = augment.cifar10_policy()
-    assert [[augment.OPERATIONS[number] for number in pair] for pair in operation] == [
-        [name for name, _, _ in p] for p in theirs
-    ]
-    assert torch.equal(probability, torch.tensor([[value for _, value, _ in pair] for pair in theirs]))
-    assert torch.equal(step, torch.tensor([[value or 0 for _, _, value in pair] for pair in theirs]))
-
-
-def test_auto_augment_draws_torchvisions_policy_for_cifar10() -> None:
-    images = copies(8000)
-    torch.manual_seed(0)
-    ours = augment.auto_augment(images)
-    transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    expected = []
-    for pair in transform._policies:
-        made = [(1 / 25, images[0])]
-        for name, probability, step in pair:
-            make, signed = transform._AUGMENTATION_SPACE[name]
-            value = 0.0 if step is None else float(make(10, 16, 16)[step])
-            signs = (1, -1) if signed else (1,)
-            ways = [(probability / len(signs), sign * value) for sign in signs]
-            after = [(share * part, operated(image, name, amount)) for share, image in made for part, amount in ways]
-            made = [(share * (1 - probability), image) for share, image in made] + after
-        expected += [(share, image) for share, image in made if share > 0]
-    counts, shares = outcomes(ours, expected)
-    assert len(counts) > 60
-    assert agree(counts, shares)
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------------
 
 RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
@@ -392,7 +361,6 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "grey": lambda images: augment.grey(images, 0.5),
     "colour_jitter": lambda images: augment.colour_jitter(images, (0.4, 0.4, 0.4, 0.1), 0.8),
     "rand_augment": augment.rand_augment,
-    "auto_augment": augment.auto_augment,
 }
 RANDOM |= {
     f"{kind} {name}": view
