@@ -10,7 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from tune.files import Home
 
 EXAMPLES = """examples:
   python search.py launch first --method alr --trials 24        a sweep over ALR on digits with 40 % symmetric noise
@@ -115,17 +118,17 @@ def launch(options: argparse.Namespace) -> int:
     spec = make_spec(values | flags)
     from tune import sweep
 
-    ended = sweep.launch(options.name, options.storage, spec, dry_run=options.dry_run, download=options.download)
+    ended = sweep.launch(options.name, options.home, spec, dry_run=options.dry_run, download=options.download)
     if not options.dry_run:
-        show(options.name, options.storage, 10)
+        show(options.name, options.home, 10)
     return said(ended)
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    ended = sweep.resume(options.name, options.storage, given(options))
-    show(options.name, options.storage, 10)
+    ended = sweep.resume(options.name, options.home, given(options))
+    show(options.name, options.home, 10)
     return said(ended)
 
 
@@ -146,13 +149,13 @@ def retrain(options: argparse.Namespace) -> int:
     if options.json:
         stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
         try:
-            ended = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
+            ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
             said(ended)
         finally:
             sys.stdout = stdout
     else:
-        ended = sweep.retrain(options.name, options.storage, top=top, num_seeds=num_seeds)
-    ledger = Ledger(Sweep.find(options.storage, options.name), RETRAIN, read_only=True)
+        ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
+    ledger = Ledger(Sweep.find(options.home, options.name), RETRAIN, read_only=True)
     print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
     return int(ended.code) if options.json else said(ended)
 
@@ -160,16 +163,15 @@ def retrain(options: argparse.Namespace) -> int:
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
     if not (options.json or options.rungs):
-        show(options.name, options.storage, top)
+        show(options.name, options.home, top)
         return 0
     from tune.ledger import Ledger
     from tune.report import rows, rungs
     from tune.spec import Sweep
     from tune.tracker import noted_runs
 
-    sweep = Sweep.find(options.storage, options.name)
-    ledger = Ledger(sweep, read_only=True)
-    board = rows(ledger, noted_runs(sweep.folder))
+    ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
+    board = rows(ledger, noted_runs(ledger))
     if options.rungs:
         print(json.dumps({"rungs": rungs(ledger), "trials": board} if options.json else rungs(ledger), indent=1))
     else:
@@ -177,15 +179,15 @@ def best(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(name: str, storage: Path, top: int) -> None:
+def show(name: str, home: Home, top: int) -> None:
     """Prints the leaderboard, and where to go from there."""
     from tune.ledger import Ledger
     from tune.report import leaderboard_text
     from tune.spec import Sweep
     from tune.tracker import noted_runs
 
-    sweep = Sweep.find(storage, name)
-    print(leaderboard_text(Ledger(sweep, read_only=True), noted_runs(sweep.folder), top))
+    ledger = Ledger(Sweep.find(home, name), read_only=True)
+    print(leaderboard_text(ledger, noted_runs(ledger), top))
 
 
 def train(options: argparse.Namespace) -> int:
@@ -222,7 +224,7 @@ def train(options: argparse.Namespace) -> int:
 def list_sweeps(options: argparse.Namespace) -> int:
     from tune.report import sweep_lines
 
-    for line in sweep_lines(options.storage):
+    for line in sweep_lines(options.home):
         print(line)
     return 0
 
@@ -230,14 +232,14 @@ def list_sweeps(options: argparse.Namespace) -> int:
 def stop(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    return sweep.stop(options.name, options.storage)
+    return sweep.stop(options.name, options.home)
 
 
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
     from tune.tracker import quiet, tracking_uri
 
-    storage: Path = options.storage
+    storage = options.home.storage
     if not (storage / "mlflow.db").is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     quiet()
@@ -262,7 +264,9 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
-        options.storage = Path(options.storage).resolve()  # workers have a working directory of their own
+        from tune.files import FolderHome
+
+        options.home = FolderHome(Path(options.storage).resolve())  # workers have a working directory of their own
         return VERBS[options.verb](options)
     except BrokenPipeError:  # the reader of our output went away
         return 0

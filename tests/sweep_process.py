@@ -88,7 +88,7 @@ def epochs_by_trial(folder: Path) -> dict[int, list[int]]:
 def board(storage: Path, name: str) -> list[dict[str, Any]]:
     """What ``best --json`` prints."""
     ledger = Ledger(Sweep.find(storage, name), read_only=True)
-    return report.rows(ledger, noted_runs(storage / name))
+    return report.rows(ledger, noted_runs(ledger))
 
 
 def rungs(storage: Path, name: str) -> dict[str, dict[str, float]]:

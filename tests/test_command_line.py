@@ -15,7 +15,6 @@ import search
 from tests.sweep_process import ROOT, make_finished_sweep
 from tests.sweeps import make_sweep, play
 from tune.desk import Desk
-from tune.driver import driver_command, driver_lock
 from tune.ledger import RETRAIN, Ledger
 from tune.report import retrain_rows
 from tune.sweep import enqueue_retraining, num_missing
@@ -294,10 +293,10 @@ def test_resume_of_a_finished_sweep_says_so(tmp_path: Path, migrated_store: Path
 def test_trials_in_progress_wait_when_no_driver_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = make_sweep(tmp_path, "half", trials=3, epochs=3)
     play(Desk(Ledger(sweep), total=3, concurrent=2), keep=[1])
-    with driver_lock(sweep.folder, "python search.py resume half"):
+    with sweep.files.lock("python search.py resume half"):
         assert search.main(["best", "half", "--storage", str(tmp_path)]) == 0
         assert "running" in capsys.readouterr().out
-        assert driver_command(sweep.folder) == "python search.py resume half"
+        assert sweep.files.command() == "python search.py resume half"
     assert search.main(["best", "half", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "waiting" in said

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 from tests.sweeps import in_child
 from tune import journal
-from tune.journal import DamagedFile, JournalFile, LineFile
+from tune.journal import DamagedFile, Journal, LineFile
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{'}, {"n": 2, "list": [1.5, None, True]}]
 
@@ -322,7 +322,7 @@ def content(study: optuna.Study) -> list[Any]:
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The journal of a study that was driven through our file."""
     path = tmp_path_factory.mktemp("driven") / "journal.log"
-    drive(JournalStorage(JournalFile(path)))
+    drive(JournalStorage(Journal(LineFile(path))))
     return path
 
 
@@ -332,12 +332,12 @@ def loaded(backend: Any) -> optuna.Study:
 
 def test_a_study_in_our_file_is_the_same_as_in_memory(driven: Path) -> None:
     in_memory = drive(InMemoryStorage())
-    assert content(loaded(JournalFile(driven))) == content(in_memory)
+    assert content(loaded(Journal(LineFile(driven)))) == content(in_memory)
     assert len(in_memory.trials) == 7
 
 
 def test_optunas_own_reader_sees_the_same_study(driven: Path) -> None:
-    theirs, ours = loaded(JournalFileBackend(str(driven))), loaded(JournalFile(driven))
+    theirs, ours = loaded(JournalFileBackend(str(driven))), loaded(Journal(LineFile(driven)))
     assert content(theirs) == content(ours)
     dates = [[(t.datetime_start, t.datetime_complete) for t in study.trials] for study in (theirs, ours)]
     assert dates[0] == dates[1]
@@ -348,7 +348,7 @@ def test_optunas_own_writer_goes_on_in_our_file(driven: Path, tmp_path: Path) ->
     path.write_bytes(driven.read_bytes())
     theirs = loaded(JournalFileBackend(str(path)))
     theirs.tell(theirs.ask().number, 0.5)
-    ours = loaded(JournalFile(path))
+    ours = loaded(Journal(LineFile(path)))
     ours.tell(ours.ask().number, 0.75)
     assert [t.value for t in loaded(JournalFileBackend(str(path))).trials[7:]] == [0.5, 0.75]
 
@@ -356,7 +356,7 @@ def test_optunas_own_writer_goes_on_in_our_file(driven: Path, tmp_path: Path) ->
 def test_two_processes_on_one_study_see_each_other(driven: Path, tmp_path: Path) -> None:
     path = tmp_path / "journal.log"
     path.write_bytes(driven.read_bytes())
-    first, second = loaded(JournalFile(path)), loaded(JournalFile(path))
+    first, second = loaded(Journal(LineFile(path))), loaded(Journal(LineFile(path)))
     assert first.ask().number == 7
     assert second.ask().number == 8
     first.tell(8, 0.25)
@@ -369,12 +369,12 @@ def test_after_every_torn_record_the_study_goes_on(driven: Path, tmp_path: Path)
     path = tmp_path / "journal.log"
     for number in range(1, len(whole)):
         path.write_bytes(b"".join(whole[:number]) + whole[number][: len(whole[number]) // 2])
-        study = loaded(JournalFile(path))
+        study = loaded(Journal(LineFile(path)))
         before = content(study)
         asked = study.ask()
         if asked.number == len(before):  # not the enqueued one
             asked.suggest_float("lr", 1e-3, 1.0, log=True)
-        after = content(loaded(JournalFile(path)))
+        after = content(loaded(Journal(LineFile(path))))
         assert len(after) == max(len(before), asked.number + 1)
         assert after[: asked.number] == before[: asked.number]
         assert [line + b"\n" for line in path.read_bytes().splitlines()][:number] == whole[:number]
@@ -388,7 +388,7 @@ def test_a_disk_that_was_full_and_is_free_again(
     """In the same process, as Optuna's own backend fails to."""
     path = tmp_path / "journal.log"
     path.write_bytes(driven.read_bytes())
-    study = loaded(JournalFile(path))
+    study = loaded(Journal(LineFile(path)))
     before = content(study)
     monkeypatch.setattr(os, "write", FullDisk(room))
     with pytest.raises(OSError, match="No space left"):
@@ -397,12 +397,12 @@ def test_a_disk_that_was_full_and_is_free_again(
     assert content(study) == before
     assert study.ask().number == 7
     study.tell(7, 0.5)
-    assert content(loaded(JournalFile(path))) == content(study)
+    assert content(loaded(Journal(LineFile(path)))) == content(study)
     assert content(loaded(JournalFileBackend(str(path)))) == content(study)
 
 
 def test_a_pickled_storage_reads_the_file_again(driven: Path) -> None:
-    backend: Callable[[int], Any] = JournalFile(driven).read_logs
+    backend: Callable[[int], Any] = Journal(LineFile(driven)).read_logs
     first = list(backend(0))
     assert list(backend(len(first))) == []
     assert list(backend(2)) == first[2:]

@@ -154,7 +154,7 @@ def test_what_happened_is_what_mlflow_shows(storage: Path) -> None:
             assert run["metrics"][key] == told
         assert set(run["metrics"]) == {"val/objective", *lines[0]["metrics"]}
     assert steps_once(store)
-    assert noted_runs(sweep.folder) == {number: store[str(number)]["run_id"] for number in words}
+    assert noted_runs(ledger) == {number: store[str(number)]["run_id"] for number in words}
 
 
 def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_sent_twice_is_there_once(storage: Path) -> None:
     again = read_store(storage)
     assert without_ids(again) == without_ids(store)
     assert {key: run["run_id"] for key, run in again.items()} == {key: run["run_id"] for key, run in store.items()}
-    assert noted_runs(sweep.folder) == {int(key): run["run_id"] for key, run in again.items() if key != "parent"}
+    assert noted_runs(ledger) == {int(key): run["run_id"] for key, run in again.items() if key != "parent"}
     assert steps_once(again)
 
 
@@ -329,7 +329,7 @@ def test_a_retraining_has_a_parent_of_its_own(storage: Path) -> None:
     assert store["retrain/0"]["links"]["mlflow.parentRunId"] == store["retrain/parent"]["run_id"]
     assert (store["retrain/0"]["tags"]["source"], store["retrain/0"]["tags"]["seed"]) == ("0", "4")
     assert store["parent"]["metrics"]["val/objective"][-1][2] == 0.5
-    assert noted_runs(sweep.folder / RETRAIN) == {0: store["retrain/0"]["run_id"]}
+    assert noted_runs(retraining) == {0: store["retrain/0"]["run_id"]}
 
 
 def test_metrics_of_a_trial_that_the_ledger_does_not_have_are_left_out(storage: Path) -> None:
@@ -459,7 +459,7 @@ def test_the_thread_keeps_up_while_a_sweep_runs(
         flaky = Flaky(patch, seed=1, rate=0.03)
         tracker = Tracker(ledger, tracking_uri(storage, ""))
         play(ledger, between=lambda: time.sleep(0.06))
-        projected = noted_runs(sweep.folder)
+        projected = noted_runs(ledger)
     assert projected, "nothing was sent while the sweep ran"
     assert flaky.failed
     tracker.close(spent=True)

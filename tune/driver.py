@@ -1,76 +1,27 @@
-"""One driver at a time, and how it is asked to stop."""
+"""How a driver is asked to stop."""
 
 from __future__ import annotations
 
 import _thread
-import contextlib
-import fcntl
-import os
 import signal
-import socket
 import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from tune.desk import Desk
+from tune.files import Flag
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
-STOP_REQUEST = "stop"  # the file by which another process asks
 
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, and the epochs in progress did not end in time."""
 
 
-LOCK = "driver.lock"  # held by the driver; says who it is, and which command goes on with what it does
-
-
-@contextlib.contextmanager
-def driver_lock(folder: Path, command: str) -> Iterator[None]:
-    """Holds the sweep. The kernel lets go of it with the process. ValueError names the process that has it."""
-    with (folder / LOCK).open("a+") as file:
-        if not _locked(file, fcntl.LOCK_EX, patience=0.3):  # as long as a look at the lock may take
-            file.seek(0)
-            raise ValueError(f"sweep {folder.name!r} is being run by {file.readline().strip() or 'another process'}")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{command}\n")
-        file.flush()
-        yield
-
-
-def _locked(file: IO[str], how: int, patience: float = 0.0) -> bool:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
-
-
-def driver_alive(folder: Path) -> bool:
-    """Whether a process holds the sweep."""
-    if not (folder / LOCK).exists():
-        return False
-    with (folder / LOCK).open() as file:
-        return not _locked(file, fcntl.LOCK_SH)
-
-
-def driver_command(folder: Path) -> str:
-    """The command that goes on with what the driver does, or did last; empty where none was noted."""
-    return "".join((folder / LOCK).read_text().splitlines()[1:2])
-
-
 class Interruption:
     """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off."""
 
-    def __init__(self, desk: Desk, request: Path) -> None:
+    def __init__(self, desk: Desk, request: Flag) -> None:
         self.desk = desk
         self.request = request
         self.signal = 0

@@ -1,9 +1,9 @@
 """Append-only files of JSON lines that survive a kill, a torn last line and a full disk, and Optuna's journal on top.
 
-A record is one line, and it exists once its newline is on disk. Whoever writes holds ``flock``, which the kernel releases with
-the process, first cuts what a dead writer left after the last newline, and takes back its own bytes if a write fails. The
-format is that of Optuna's own journal file, so its reader and its dashboard open it; Optuna's file backend is not used because
-a torn line makes its file unreadable and its lock outlives its owner.
+In a file, a record is one line, and it exists once its newline is on disk. Whoever writes holds ``flock``, which the kernel
+releases with the process, first cuts what a dead writer left after the last newline, and takes back its own bytes if a write
+fails. The format is that of Optuna's own journal file, so its reader and its dashboard open it; Optuna's file backend is not
+used because a torn line makes its file unreadable and its lock outlives its owner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
@@ -26,14 +26,35 @@ class DamagedFile(ValueError):
     """A line that is not the torn last one cannot be read: nothing here is allowed to guess what it said."""
 
 
+class Lines(Protocol):
+    """An append-only file of JSON records, wherever it is kept."""
+
+    offset: int  # where the next read starts
+    line: int  # how many lines lie before it
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Adds records, all of them or none. OSError where they are not taken."""
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records that were added since the last read, whole appends only."""
+
+
 class LineFile:
     """A file of JSON lines. Reading never changes it; :meth:`append` is durable when it returns. ``fsync`` can be left out."""
 
     def __init__(self, path: Path, *, fsync: bool = True) -> None:
         self.path = path
         self.fsync = fsync
-        self.offset = 0  # where the next read starts
-        self.line = 0  # how many lines lie before it
+        self.offset = 0
+        self.line = 0
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Adds records as one write. OSError where the disk does not take it; the file is then as it was before."""
@@ -107,34 +128,28 @@ class LineFile:
             os.fsync(descriptor)
 
 
-class JournalFile(BaseJournalBackend):
-    """Optuna's journal in a :class:`LineFile`."""
+class Journal(BaseJournalBackend):
+    """Optuna's journal in a file of lines."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        if log_number_from < self._file.line:
-            self._file.offset = self._file.line = 0
-        for number, record in enumerate(self._file.read(), self._file.line):
+        if log_number_from < self._lines.line:
+            self._lines.offset = self._lines.line = 0
+        for number, record in enumerate(self._lines.read(), self._lines.line):
             if number >= log_number_from:
                 yield record
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._file.append(logs)
-
-    @property
-    def line(self) -> int:
-        """How many records have been read."""
-        return self._file.line
+        self._lines.append(logs)
 
 
-def open_storage(path: Path) -> JournalStorage:
+def open_storage(lines: Lines) -> JournalStorage:
     """Optuna's storage over a journal. DamagedFile, with its number, for a record that is none of Optuna's."""
-    backend = JournalFile(path)
     try:
-        return JournalStorage(backend)
+        return JournalStorage(Journal(lines))
     except DamagedFile:
         raise
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-        raise DamagedFile(f"{path}: line {backend.line} is damaged; the file was left as it is") from error
+        raise DamagedFile(f"{lines.place}: line {lines.line} is damaged; the file was left as it is") from error

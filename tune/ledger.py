@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
-from tune.journal import DamagedFile, LineFile, open_storage
+from tune.journal import DamagedFile, Lines, open_storage
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
 
@@ -84,23 +84,26 @@ class Ledger:
         self.kind = kind
         self.read_only = read_only
         self.space = Space(sweep.spec)
-        folder = sweep.folder if kind == SWEEP else sweep.folder / kind
-        self.checkpoints = folder / "checkpoints"
-        self.metrics = LineFile(folder / "metrics.jsonl")
+        self.checkpoints = (sweep.folder if kind == SWEEP else sweep.folder / kind) / "checkpoints"
+        self.metrics = self.lines("metrics.jsonl")
         self.records: dict[int, Record] = {}
         self.num_epochs = 0  # of all trials, in the order of their recording
         self.states: Counter[TrialState] = Counter()
         self.lock = threading.RLock()  # the tracker reads from its own thread
-        self.journal = sweep.folder / "journal.log"
+        self.journal = sweep.files.lines("journal.log")
         storage = open_storage(self.journal)
-        known = {study.study_name for study in storage.get_all_studies()}
-        if create and kind not in known:
+        self.kinds = {study.study_name for study in storage.get_all_studies()}  # that the journal holds
+        if create and kind not in self.kinds:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
-        elif kind not in known:
+        elif kind not in self.kinds:
             raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._unused)
         self._read()
+
+    def lines(self, name: str, *, fsync: bool = True) -> Lines:
+        """An append-only file beside the study, from its beginning."""
+        return self.sweep.files.lines(name if self.kind == SWEEP else f"{self.kind}/{name}", fsync=fsync)
 
     def _sampler(self, trial: optuna.trial.FrozenTrial) -> optuna.samplers.BaseSampler:
         """A sampler whose random numbers belong to one trial (to the rest of its proposal, where a kill cut that off), so that
@@ -124,7 +127,7 @@ class Ledger:
                 epoch = EpochRecord(line["epoch"], line["time"], float(line["objective"]), dict(line["metrics"]))
                 record, _ = self.records.get(line["trial"]), float(epoch.metrics["seconds"])
             except (KeyError, TypeError, ValueError) as error:
-                place = f"{self.metrics.path}: line {self.metrics.line}"
+                place = f"{self.metrics.place}: line {self.metrics.line}"
                 raise DamagedFile(f"{place} is damaged; the file was left as it is") from error
             if record is None:
                 continue
@@ -144,7 +147,7 @@ class Ledger:
                 method, values = self.space.read(trial.params)
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
-                lost = f"{self.journal}: what it says of trial {trial.number} is damaged; the file was left as it is"
+                lost = f"{self.journal.place}: what it says of trial {trial.number} is damaged; the file was left as it is"
                 raise DamagedFile(lost) from error
             method, values = str(trial.params.get("method", self.space.methods[0])), {}  # its proposal is being written
         started = trial.datetime_start or trial.datetime_complete

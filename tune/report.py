@@ -6,17 +6,16 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from optuna.trial import TrialState
 
-from tune.driver import driver_alive
+from tune.files import Home
 from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
-from tune.spec import Sweep, sweep_names
+from tune.spec import Sweep
 
 
 def rows(ledger: Ledger, runs: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -98,7 +97,7 @@ def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
 def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
     """The leaderboard and what its columns mean."""
     board = rows(ledger, runs)
-    if not driver_alive(ledger.sweep.folder):
+    if not ledger.sweep.files.running():
         board = [row | {"state": "waiting"} if row["state"] == "running" else row for row in board]
     header, lines, meaning = leaderboard(board[:top])
     more = f"\n... and {len(board) - top} more" if len(board) > top else ""
@@ -199,12 +198,12 @@ def retrain_text(ledger: Ledger) -> str:
     return f"{text_table(header, lines)}\n{measure}: {meaning} %, mean over the seeds; +-: its standard error"
 
 
-def sweep_lines(storage: Path) -> list[str]:
-    """One line per sweep in a storage folder."""
+def sweep_lines(home: Home) -> list[str]:
+    """One line per sweep."""
     lines = []
-    for name in sweep_names(storage):
+    for name in home.names():
         try:
-            sweep = Sweep.find(storage, name)
+            sweep = Sweep.find(home, name)
             ledger = Ledger(sweep, read_only=True)
         except ValueError:
             lines.append([name, "damaged", "", "", "", f"see: best {name}"])
@@ -215,5 +214,5 @@ def sweep_lines(storage: Path) -> list[str]:
         methods = ",".join(sweep.spec.method)
         lines.append([name, methods, sweep.spec.data, sweep.spec.noise, f"{num_done}/{sweep.spec.trials}", value])
     if not lines:
-        return [f"no sweeps in {storage}"]
+        return [f"no sweeps in {home.place}"]
     return text_table(("sweep", "methods", "data", "noise", "trials", "best val"), lines).splitlines()

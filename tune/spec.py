@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,8 @@ from data.sources import Options, Source, find_source
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
+from tune.files import NAME, RECORD, FolderFiles, FolderHome, Home, SweepFiles, as_home
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MAX_LOST = 3  # processes that a trial may lose before it counts as failed
 MAX_FAILURES = 5  # failed trials in a row that stop a sweep
 KEPT_CHECKPOINTS = 5  # finished trials whose checkpoint is kept
@@ -193,11 +191,12 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep on disk: where it is, what was asked for, and what that was made with."""
+    """A sweep as it is kept: where its checkpoints are, what was asked for, what that was made with, and its files."""
 
     folder: Path
     spec: SweepSpec
     provenance: Mapping[str, Any]
+    kept: SweepFiles | None = field(default=None, compare=False)  # None: in the folder
 
     @property
     def name(self) -> str:
@@ -207,38 +206,37 @@ class Sweep:
     def storage(self) -> Path:
         return self.folder.parent
 
+    @property
+    def files(self) -> SweepFiles:
+        return self.kept or FolderFiles(self.folder)
+
     def write(self) -> None:
         """Writes ``sweep.yaml``, whole or not at all."""
         text = yaml.safe_dump({"spec": self.spec.to_dict(), "provenance": dict(self.provenance)}, sort_keys=False)
-        write_whole(self.folder / "sweep.yaml", text)
+        self.files.write(RECORD, text)
 
     @classmethod
-    def find(cls, storage: Path, name: str) -> Sweep:
+    def find(cls, home: Path | Home, name: str) -> Sweep:
         """The sweep of that name. ValueError where there is none, or its record is damaged."""
-        return cls.read(storage / check_name(name))
+        return cls._open(as_home(home), check_name(name))
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        path = folder / "sweep.yaml"
-        if not path.is_file():
-            known = ", ".join(sweep_names(folder.parent)) or "none"
-            raise ValueError(f"no sweep {folder.name!r} in {folder.parent}; there are: {known}")
+        return cls._open(FolderHome(folder.parent), folder.name)
+
+    @classmethod
+    def _open(cls, home: Home, name: str) -> Sweep:
+        files = home.files(name)
         try:
-            content = yaml.safe_load(path.read_text())
+            text = files.read(RECORD)
+            if text is None:
+                raise ValueError(f"no sweep {name!r} in {home.place}; there are: {', '.join(home.names()) or 'none'}")
+            content = yaml.safe_load(text)
             spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
-            return cls(folder, spec, content["provenance"])
+            provenance = content["provenance"]
+            return cls(home.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all, also after a power cut."""
-    temporary = path.with_name("." + path.name)
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            raise ValueError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
 def check_name(name: str) -> str:
@@ -248,8 +246,3 @@ def check_name(name: str) -> str:
     if name == "mlartifacts" or name.startswith("mlflow.db"):
         raise ValueError(f"sweep name {name!r} is not allowed; MLflow keeps its own files under that name")
     return name
-
-
-def sweep_names(storage: Path) -> list[str]:
-    """The sweeps in a storage folder, by name."""
-    return sorted(path.parent.name for path in storage.glob("*/sweep.yaml") if NAME.fullmatch(path.parent.name))

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from importlib.metadata import version
@@ -26,16 +24,16 @@ from tune import executor
 from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
 from tune.desk import Desk
 from tune.display import Display
-from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
+from tune.driver import Interrupted, Interruption
+from tune.files import Home, as_home
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
 from tune.space import Space
-from tune.spec import Sweep, SweepSpec, check_name, make_spec, write_whole
+from tune.spec import Sweep, SweepSpec, check_name, make_spec
 from tune.tracker import Tracker, tracking_uri
 
 ROOT = Path(__file__).resolve().parent.parent
-STALE_SECONDS = 600  # longer than any launch takes to make its folder
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
 
 
@@ -63,16 +61,16 @@ class Ended(NamedTuple):
     advice: str = ""
 
 
-def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, download: bool = False) -> Ended:
+def launch(name: str, home: Path | Home, spec: SweepSpec, *, dry_run: bool = False, download: bool = False) -> Ended:
     """Starts a sweep. ValueError for anything that a user can get wrong, before Ray starts."""
-    folder = storage / check_name(name)
-    if folder.exists():
-        raise ValueError(f"sweep {name!r} exists in {storage}; go on with: {resume_command(folder)}")
+    home, command = as_home(home), command_line("resume", as_home(home), check_name(name))
+    if home.exists(name):
+        raise ValueError(f"{home.taken(name)}; go on with: {command}")
     spec = dataclasses.replace(spec, tracking=absolute(spec.tracking))
     space = Space(spec)
     check_resources(spec)
-    check_storage(storage)
-    check_tracking(tracking_uri(storage, spec.tracking))
+    check_storage(home.storage)
+    check_tracking(tracking_uri(home.storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
     if not spec.address:
@@ -83,27 +81,16 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, 
         return Ended(0)
     if spec.address:
         executor.check_cluster(spec)
-    for stale in storage.glob(f".{name}.*"):  # of a launch that was killed
-        if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(stale, ignore_errors=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=storage))
-    try:
-        making.chmod(0o755)
-        sweep = Sweep(making, spec, _provenance(dataset))
-        sweep.write()
+    with home.making(name) as (folder, files):
+        sweep = Sweep(folder, spec, _provenance(dataset), files)
         ledger = Ledger(sweep, create=True)
         for method in spec.method:
             params, moved = space.defaults(method, spec)
             ledger.enqueue(params)
             for line in moved:
                 print(line)
-        try:
-            making.rename(folder)
-        except OSError as error:
-            raise ValueError(f"sweep {name!r} exists in {storage}; go on with: {resume_command(folder)}") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    return execute(Sweep.read(folder), SWEEP, resume_command(folder))
+        sweep.write()
+    return execute(Sweep.find(home, name), SWEEP, command)
 
 
 def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
@@ -151,42 +138,43 @@ def check_data(sweep: Sweep, spec: SweepSpec) -> None:
         raise ValueError(f"the data changed since {sweep.name!r} was launched: its checksum {before[:12]} is now {now[:12]}")
 
 
-def resume(name: str, storage: Path, changes: dict[str, Any]) -> Ended:
+def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     """Goes on with a sweep: finishes it, extends it to more trials, or reports that nothing is left to do."""
-    sweep = Sweep.find(storage, name)
+    sweep = Sweep.find(home, name)
+    command = resume_command(sweep)
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": absolute(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
-    check_storage(storage)
+    check_storage(sweep.storage)
     check_data(sweep, spec)
     num_begun = len(Ledger(sweep, read_only=True).records)
     if spec.trials < min(num_begun, sweep.spec.trials):
         raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
-    sweep = Sweep(sweep.folder, spec, sweep.provenance)
+    sweep = dataclasses.replace(sweep, spec=spec)
     if changes:
-        with driver_lock(sweep.folder, resume_command(sweep.folder)):
+        with sweep.files.lock(command):
             sweep.write()
     try:
-        check_tracking(tracking_uri(storage, spec.tracking))
+        check_tracking(tracking_uri(sweep.storage, spec.tracking))
     except ValueError as error:
         print(f"warning: {error}; the runs are brought up to date when it is back", file=sys.stderr)
-    return execute(sweep, SWEEP, resume_command(sweep.folder))
+    return execute(sweep, SWEEP, command)
 
 
-def retrain(name: str, storage: Path, *, top: int, num_seeds: int) -> Ended:
+def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
-    sweep = Sweep.find(storage, name)
+    sweep = Sweep.find(home, name)
     check_resources(sweep.spec)
-    check_storage(storage)
+    check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
     best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
     if not best:
         over = searched.count(TrialState.PRUNED) >= sweep.spec.trials
-        advice = "all were stopped or diverged" if over else f"finish it with: {resume_command(sweep.folder)}"
+        advice = "all were stopped or diverged" if over else f"finish it with: {resume_command(sweep)}"
         raise ValueError(f"sweep {name!r} has no complete trial; {advice}")
     check_data(sweep, sweep.spec)
-    command = command_line("retrain", sweep.folder, "--top", top, "--seeds", num_seeds)
-    with driver_lock(sweep.folder, command):
-        (sweep.folder / RETRAIN).mkdir(exist_ok=True)
+    command = command_line("retrain", sweep.files.home, sweep.name, "--top", top, "--seeds", num_seeds)
+    with sweep.files.lock(command):
+        sweep.files.add_part(RETRAIN)
         ledger = Ledger(sweep, RETRAIN, create=True)
         enqueue_retraining(ledger, best, num_seeds)
     return execute(sweep, RETRAIN, command)
@@ -202,29 +190,28 @@ def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> No
                 ledger.enqueue(record.params, {"source": record.number, "seed": seed, "noise_draw": seed + 1})
 
 
-def command_line(verb: str, folder: Path, *flags: object) -> str:
-    """A command about the sweep in ``folder``, for a user to copy."""
-    place = [] if folder.parent == Path("runs").resolve() else ["--storage", folder.parent]
-    return shlex.join(["python", "search.py", verb, folder.name, *map(str, flags), *map(str, place)])
+def command_line(verb: str, home: Home, name: str, *flags: object) -> str:
+    """A command about a sweep, for a user to copy."""
+    return shlex.join(["python", "search.py", verb, name, *map(str, flags), *home.flags])
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(sweep: Sweep) -> str:
     """The command line that goes on with a sweep."""
-    return command_line("resume", folder)
+    return command_line("resume", sweep.files.home, sweep.name)
 
 
-def stop(name: str, storage: Path, patience: float = 60.0) -> int:
+def stop(name: str, home: Path | Home, patience: float = 60.0) -> int:
     """Asks the driver of a running sweep to stop, as Ctrl-C does, and waits for it."""
-    folder = Sweep.find(storage, name).folder
-    request = folder / STOP_REQUEST
+    sweep = Sweep.find(home, name)
+    request = sweep.files.stop_request
     deadline = time.monotonic() + patience
     command = ""
     while time.monotonic() < deadline:
-        if not driver_alive(folder):
+        if not sweep.files.running():
             request.unlink(missing_ok=True)
             print(f"stopped; go on with: {command}" if command else f"sweep {name!r} is not running")
             return 0
-        command = driver_command(folder) or resume_command(folder)
+        command = sweep.files.command() or resume_command(sweep)
         request.touch()
         time.sleep(0.3)
     raise ValueError(f"sweep {name!r} did not stop within {patience:.0f} s")
@@ -236,16 +223,16 @@ def stop(name: str, storage: Path, patience: float = 60.0) -> int:
 def execute(sweep: Sweep, kind: str, command: str) -> Ended:
     """Runs what is left of a study; ``command`` goes on with it. The exit code is 0, 1 where the sweep stopped itself or a
     retraining is incomplete, 128 and the signal's number where it was interrupted."""
-    with driver_lock(sweep.folder, command):
+    with sweep.files.lock(command):
         ledger = Ledger(sweep, kind)
         uri = tracking_uri(sweep.storage, sweep.spec.tracking)
         with Display(ledger, ledger.total) as display:
             desk = Desk(ledger, total=ledger.total, concurrent=0, on_event=display.event)
             idle = ledger.spent
             trackers = [Tracker(ledger, uri)]
-            if kind == SWEEP and (sweep.folder / RETRAIN / "metrics.jsonl").exists():  # its runs may be missing, too
+            if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
                 trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
-            with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(Interrupted):
+            with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(Interrupted):
                 try:
                     if not idle:
                         executor.run(desk, sweep.spec, interruption)
@@ -254,7 +241,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     for tracker in trackers:
                         tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
         if kind == SWEEP and (best := ledger.best()):
-            write_whole(sweep.folder / "best_config.yaml", best_config_text(ledger, best))
+            sweep.files.write("best_config.yaml", best_config_text(ledger, best))
     for tracker in trackers:
         if tracker.problem:
             print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)

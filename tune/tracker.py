@@ -18,7 +18,6 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from tune.journal import LineFile
 from tune.ledger import SWEEP, Ledger, Record
 from tune.report import best_config_text, markdown_table, plots_page, rows, short
 
@@ -27,6 +26,7 @@ STATUS = {
     TrialState.PRUNED: "KILLED",
     TrialState.FAIL: "FAILED",
 }
+NOTES = "tracker.jsonl"  # how far the sending got, and which run is which trial's
 BATCH = 1000  # metrics in one request
 TAG_LIMIT = 5000  # characters of a traceback that are kept in a tag
 PAUSE = 3.0  # seconds between two looks at the ledger: a batch costs the driver less than its parts
@@ -48,9 +48,9 @@ def tracking_uri(storage: Path, asked: str) -> str:
     return asked or f"sqlite:///{storage / 'mlflow.db'}"
 
 
-def noted_runs(folder: Path) -> dict[int, str]:
+def noted_runs(ledger: Ledger) -> dict[int, str]:
     """MLflow's run id of each trial, as far as they were noted."""
-    return {note["trial"]: note["run"] for note in LineFile(folder / "tracker.jsonl").read() if "trial" in note}
+    return {note["trial"]: note["run"] for note in ledger.lines(NOTES).read() if "trial" in note}
 
 
 class Answering:
@@ -83,8 +83,8 @@ class Projection:
         self.sweep = ledger.sweep
         self.uri = uri
         self.client: Any = Answering(MlflowClient(tracking_uri=uri), answered)
-        self.notes = LineFile(ledger.metrics.path.with_name("tracker.jsonl"), fsync=False)
-        self.metrics = LineFile(ledger.metrics.path)
+        self.notes = ledger.lines(NOTES, fsync=False)
+        self.metrics = ledger.lines("metrics.jsonl")
         self.experiment_id = self._experiment()
         self.parent = self._parent()
         self.runs: dict[int, str] = {}  # trial number -> run id, once its parameters are there
