@@ -68,10 +68,11 @@ def build_parser() -> Parser:
     flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
     sub = add("launch", "start a sweep")
     sub.add_argument("--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE; flags win over it")
+    sub.add_argument("--from", dest="old", metavar="OLD", help="run the best configurations of an earlier sweep first")
     sub.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     sub.add_argument("--download", action="store_true", help=DOWNLOAD)
     add_spec_flags(sub, flags)
-    sub = add("resume", "go on with a sweep: finish it, or extend it with a larger --trials")
+    sub = add("resume", "go on with a sweep: finish it, or extend it with a larger --trials, --hours or --gpu-hours")
     add_spec_flags(sub, ["trials", *(name for name in flags if name in EXECUTION)])
     sub = add("best", "the leaderboard, also while the sweep runs")
     sub.add_argument("--top", default="10", help="how many rows (default: 10)")
@@ -118,7 +119,8 @@ def launch(options: argparse.Namespace) -> int:
     spec = make_spec(values | flags)
     from tune import sweep
 
-    ended = sweep.launch(options.name, options.home, spec, dry_run=options.dry_run, download=options.download)
+    how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
+    ended = sweep.launch(options.name, options.home, spec, **how)
     if not options.dry_run:
         show(options.name, options.home, 10)
     return said(ended)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Verdict:
 
 
 class Desk:
-    """Hands out trials up to a budget and ends them. ``concurrent`` trials at a time, ``total`` that count."""
+    """Hands out trials until a budget is spent and ends them. ``concurrent`` trials at a time, ``total`` that count."""
 
     def __init__(
         self,
@@ -55,6 +56,8 @@ class Desk:
         self.halted = threading.Event()  # no new trial, and none goes on
         self.problem = ""  # why the sweep stopped itself
         self.failures_in_row = 0
+        self.began: float | None = None  # the clock when the first trial was handed out
+        self.spent_before = 0.0  # seconds of the budget, then
         self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
         self._drop_stray_checkpoints()
         for record in ledger.unfinished():
@@ -77,16 +80,26 @@ class Desk:
             return None
         if self.waiting:
             record = self.waiting.popleft()
-        elif self.ledger.num_counted() + len(self.live) < self.total:
+        elif not self._spent():
             try:
                 record = self.ledger.ask()
             except OSError as error:
                 return self._halt(f"the ledger cannot be written: {error}")
         else:
             return None if self.live else FINISHED
+        if self.began is None:
+            self.began, self.spent_before = time.monotonic(), self.ledger.account.spent.seconds
         self.live[executor_id] = record
         self.on_event("started", record)
         return record
+
+    def _spent(self) -> bool:
+        """Whether no new trial begins. While trials run, the clock counts, since their epochs in progress are not recorded
+        yet. When none does, the ledger alone decides, as it will when a resume asks."""
+        clock = 0.0
+        if self.live and self.began is not None:
+            clock = self.spent_before + time.monotonic() - self.began
+        return any(budget.over for budget in self.ledger.budgets(self.total, len(self.live), clock))
 
     def config(self, record: Record) -> dict[str, Any]:
         """What an actor needs to run the trial: plain values only."""

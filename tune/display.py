@@ -75,7 +75,8 @@ class Display:
         text = f"trial {record.number} {record.method} {record.word} after {record.epochs} epochs, {value}"
         if record.word == "failed":
             text += f": {record.attrs['summary']['error'].strip().splitlines()[-1]}"
-        return f"{text} | {num_done}/{self.total} trials, {lead}, {time.monotonic() - self.began:.0f} s"
+        limits = "".join(f"{budget}, " for budget in self.ledger.budgets()[1:] if budget.limit)
+        return f"{text} | {num_done}/{self.total} trials, {limits}{lead}, {time.monotonic() - self.began:.0f} s"
 
     def line(self, text: str) -> None:
         self._show(lambda: self.console.print(text, markup=False))

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
+from tune.budget import HOUR, Account, Budget, Spent
 from tune.journal import DamagedFile, Lines, open_storage
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
@@ -46,6 +47,8 @@ class Record:
     epochs: int = 0  # the last epoch whose value is in the ledger; 0 before the first
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each name
     seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)  # by all trials, up to its last epoch's recording
     started: float = 0.0
     ended: float = 0.0
 
@@ -87,7 +90,7 @@ class Ledger:
         self.checkpoints = (sweep.folder if kind == SWEEP else sweep.folder / kind) / "checkpoints"
         self.metrics = self.lines("metrics.jsonl")
         self.records: dict[int, Record] = {}
-        self.num_epochs = 0  # of all trials, in the order of their recording
+        self.account = Account()
         self.states: Counter[TrialState] = Counter()
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = sweep.files.lines("journal.log")
@@ -124,7 +127,7 @@ class Ledger:
                 self._adopt(trial)
         for line in self.metrics.read():
             try:
-                epoch = EpochRecord(line["epoch"], line["time"], float(line["objective"]), dict(line["metrics"]))
+                epoch = EpochRecord(line["epoch"], float(line["time"]), float(line["objective"]), dict(line["metrics"]))
                 record, _ = self.records.get(line["trial"]), float(epoch.metrics["seconds"])
             except (KeyError, TypeError, ValueError) as error:
                 place = f"{self.metrics.place}: line {self.metrics.line}"
@@ -193,10 +196,20 @@ class Ledger:
         states = [TrialState.COMPLETE, TrialState.PRUNED]
         return self.count(*states, *([] if self.kind == SWEEP else [TrialState.FAIL]))
 
+    def budgets(self, total: int | None = None, live: int = 0, clock: float = 0.0) -> list[Budget]:
+        """What limits the study, and how much of each is spent; the first that is over ends it. A driver that runs counts its
+        ``live`` trials, which may yet end well, and the seconds that its ``clock`` says are spent where that is more."""
+        trials = Budget("trials", self.num_counted() + live, self.total if total is None else total)
+        if self.kind != SWEEP:
+            return [trials]
+        spec, spent = self.sweep.spec, self.account.spent
+        hours, gpu_hours = max(spent.seconds, clock) / HOUR, spent.gpu_seconds / HOUR
+        return [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
+
     @property
     def spent(self) -> bool:
         """Whether nothing is left to run."""
-        return self.num_counted() >= self.total and not self.unfinished()
+        return any(budget.over for budget in self.budgets()) and not self.unfinished()
 
     def unfinished(self) -> list[Record]:
         return [record for record in self.records.values() if not record.finished]
@@ -224,10 +237,11 @@ class Ledger:
         record.epochs = max(record.epochs, epoch.epoch)
 
     def _note(self, record: Record, epoch: EpochRecord) -> None:
-        self.num_epochs += 1
-        record.arrived[epoch.epoch] = self.num_epochs
+        record.spent = self.account.add(epoch)
+        record.arrived[epoch.epoch] = record.spent.epochs
         record.metrics.update(epoch.metrics)
         record.seconds += epoch.metrics["seconds"]
+        record.gpu_seconds += epoch.metrics.get("gpu_seconds", 0.0)
 
     def complete(self, record: Record) -> None:
         assert record.value is not None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 from optuna.trial import TrialState
 
+from tune.budget import HOUR, Spent, short_number
 from tune.files import Home
-from tune.ledger import Ledger, Record
+from tune.ledger import SWEEP, Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
 from tune.spec import Sweep
@@ -94,6 +95,43 @@ def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
     return "\n".join([aligned(list(header)), "  ".join("-" * width for width in widths), *map(aligned, lines)])
 
 
+def saved(record: Record, full: int) -> Spent:
+    """What a trial that ASHA stopped would still have taken to ``full`` epochs, at its own seconds per epoch."""
+    if record.word != "stopped":
+        return Spent()
+    missing = full - record.epochs
+    share = missing / record.epochs
+    return Spent(missing, 0.0, share * record.seconds, share * record.gpu_seconds)
+
+
+def cost_metrics(records: Iterable[Record], full: int) -> Iterator[dict[str, float]]:
+    """For MLflow, after each finished trial in the order of their ends: what all trials had spent when its last epoch was
+    recorded, or an earlier one's if that came later, and what had been saved. What is 0 is left out."""
+    spent = less = Spent()
+    for record in records:
+        spent, less = max(spent, record.spent), less.plus(saved(record, full))
+        values: dict[str, float] = {"spent/hours": spent.seconds / HOUR}
+        for group, cost in (("spent", spent), ("saved", less)):
+            values[f"{group}/epochs"] = cost.epochs
+            values[f"{group}/trial_hours"] = cost.trial_seconds / HOUR
+            values[f"{group}/gpu_hours"] = cost.gpu_seconds / HOUR
+        yield {name: value for name, value in values.items() if value}
+
+
+def cost_text(ledger: Ledger) -> str:
+    """One line: what a sweep has spent, of its budgets where they are limited, and what stopping early has saved."""
+    spent, less = ledger.account.spent, Spent()
+    for record in list(ledger.records.values()):
+        less = less.plus(saved(record, ledger.sweep.spec.epochs))
+    budgets = [str(budget) for budget in ledger.budgets() if budget.name != "gpu_hours" or budget.limit or spent.gpu_seconds]
+    words = [*budgets, f"{spent.epochs} epochs", f"{short_number(spent.trial_seconds / HOUR)} trial-hours"]
+    line = "spent: " + ", ".join(words)
+    if ledger.kind == SWEEP and ledger.sweep.spec.rungs():
+        line += f"; saved by ASHA: {less.epochs} epochs, {short_number(less.trial_seconds / HOUR)} trial-hours"
+        line += f", {short_number(less.gpu_seconds / HOUR)} GPU-hours" if spent.gpu_seconds else ""
+    return line
+
+
 def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
     """The leaderboard and what its columns mean."""
     board = rows(ledger, runs)
@@ -101,7 +139,7 @@ def leaderboard_text(ledger: Ledger, runs: Mapping[int, str], top: int) -> str:
         board = [row | {"state": "waiting"} if row["state"] == "running" else row for row in board]
     header, lines, meaning = leaderboard(board[:top])
     more = f"\n... and {len(board) - top} more" if len(board) > top else ""
-    return f"{text_table(header, lines)}{more}\n{meaning}"
+    return f"{text_table(header, lines)}{more}\n{meaning}\n{cost_text(ledger)}"
 
 
 def markdown_table(board: list[dict[str, Any]]) -> str:

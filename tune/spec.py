@@ -48,7 +48,11 @@ class SweepSpec:
     model: str = option("", "network (default: by data set)")
     precision: str = option("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     compile: str = option("off", "on: networks are compiled; pays where a worker runs many long trials of one network")
-    trials: int = option(32, "trials that end complete or stopped early", "[1, inf)")
+    trials: int = option(32, "trials that end complete or stopped early, beside other budgets, too", "[1, inf)")
+    hours: float = option(0.0, "hours of training after which no trial begins (default: no limit)", "[0, inf)", execution=True)
+    gpu_hours: float = option(
+        0.0, "the same in hours times GPUs, summed over trials (default: no limit)", "[0, inf)", execution=True
+    )
     epochs: int = option(30, "full budget of a trial", "[1, inf)")
     trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
     seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
@@ -186,6 +190,8 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
         raise ValueError(
             f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0, a fraction from 0.0001, or a whole number"
         )
+    if spec.gpu_hours and not spec.gpus_per_trial:
+        raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model)
 
 

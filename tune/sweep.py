@@ -32,6 +32,7 @@ from tune.report import best_config_text
 from tune.space import Space
 from tune.spec import Sweep, SweepSpec, check_name, make_spec
 from tune.tracker import Tracker, tracking_uri
+from tune.warm_start import WarmStart, warm_start
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
@@ -61,8 +62,17 @@ class Ended(NamedTuple):
     advice: str = ""
 
 
-def launch(name: str, home: Path | Home, spec: SweepSpec, *, dry_run: bool = False, download: bool = False) -> Ended:
-    """Starts a sweep. ValueError for anything that a user can get wrong, before Ray starts."""
+def launch(
+    name: str,
+    home: Path | Home,
+    spec: SweepSpec,
+    *,
+    old: str | None = None,
+    dry_run: bool = False,
+    download: bool = False,
+) -> Ended:
+    """Starts a sweep, with the best configurations of the sweep ``old``. ValueError for anything that a user can get wrong,
+    before Ray starts."""
     home, command = as_home(home), command_line("resume", as_home(home), check_name(name))
     if home.exists(name):
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
@@ -70,23 +80,27 @@ def launch(name: str, home: Path | Home, spec: SweepSpec, *, dry_run: bool = Fal
     space = Space(spec)
     check_resources(spec)
     check_storage(home.storage)
+    warm = WarmStart([], [], {}) if old is None else warm_start(old, home, spec, space)
     check_tracking(tracking_uri(home.storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
     if not spec.address:
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
-    for line in describe(spec, space, dataset):
+    for line in [*describe(spec, space, dataset), *warm.lines]:
         print(line)
     if dry_run:
         return Ended(0)
     if spec.address:
         executor.check_cluster(spec)
     with home.making(name) as (folder, files):
-        sweep = Sweep(folder, spec, _provenance(dataset), files)
+        sweep = Sweep(folder, spec, _provenance(dataset) | warm.provenance, files)
         ledger = Ledger(sweep, create=True)
+        for params in warm.params:
+            ledger.enqueue(params)
         for method in spec.method:
             params, moved = space.defaults(method, spec)
-            ledger.enqueue(params)
+            if params not in warm.params:
+                ledger.enqueue(params)
             for line in moved:
                 print(line)
         sweep.write()
@@ -110,7 +124,10 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     if not spec.gpus_per_trial and not spec.address and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
-    lines.append(f"{spec.trials} trials of {spec.epochs} epochs, ASHA rungs at {', '.join(map(str, rungs)) or 'none'}")
+    limits = [f"at most {limit:g} {unit}, " for limit, unit in ((spec.hours, "hours"), (spec.gpu_hours, "GPU-hours")) if limit]
+    lines.append(
+        f"{spec.trials} trials of {spec.epochs} epochs, {''.join(limits)}ASHA rungs at {', '.join(map(str, rungs)) or 'none'}"
+    )
     left_out = {name for name, method in METHODS.items() if method.needs_trusted and not spec.trusted}
     if left_out and set(spec.method) == set(METHODS) - left_out:
         lines.append(
@@ -139,7 +156,7 @@ def check_data(sweep: Sweep, spec: SweepSpec) -> None:
 
 
 def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
-    """Goes on with a sweep: finishes it, extends it to more trials, or reports that nothing is left to do."""
+    """Goes on with a sweep: finishes it, extends it to a larger budget, or reports that nothing is left to do."""
     sweep = Sweep.find(home, name)
     command = resume_command(sweep)
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": absolute(changes.get("tracking", sweep.spec.tracking))})
@@ -252,11 +269,18 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
         return Ended(1, f"error: {desk.problem}; go on with: {command}")
     if kind == RETRAIN and (num_failed := num_missing(ledger)):
         return Ended(1, f"error: {num_failed} runs failed and are not in the table; try them again with: {command}")
-    if kind == SWEEP and not ledger.best():
-        return Ended(0, "no trial is complete: every one was stopped, diverged or failed")
-    if kind == SWEEP and idle:
-        return Ended(0, f"nothing was left to do: {ledger.total} of {ledger.total} trials; for more: {command} --trials N")
-    return Ended(0)
+    return Ended(0, "\n".join(last_words(ledger, command, idle)) if kind == SWEEP else "")
+
+
+def last_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
+    """What is said of a sweep whose budget is spent. ``idle``: it was so before."""
+    said = [] if ledger.best() else ["no trial is complete: every one was stopped, diverged or failed"]
+    over = [budget for budget in ledger.budgets() if budget.over]
+    if idle or any(budget.name != "trials" for budget in over):
+        more = " ".join([command, *(f"{budget.flag} N" for budget in over)])
+        lead = "nothing was left to do" if idle else "the budget is spent"
+        said.append(f"{lead}: {', '.join(map(str, over))}; for more: {more}")
+    return said
 
 
 def num_missing(ledger: Ledger) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from tune.ledger import SWEEP, Ledger, Record
-from tune.report import best_config_text, markdown_table, plots_page, rows, short
+from tune.report import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
 
 STATUS = {
     TrialState.COMPLETE: "FINISHED",
@@ -237,13 +237,14 @@ class Projection:
         if len(ended) == self.num_finished:
             return
         best, counts, curve = -1.0, dict.fromkeys(STATUS, 0), []
-        for step, record in enumerate(ended, 1):
+        costs = cost_metrics(ended, self.sweep.spec.epochs)
+        for step, (record, cost) in enumerate(zip(ended, costs, strict=True), 1):
             counts[record.state] += 1
             if record.state is TrialState.COMPLETE and record.value is not None:
                 best = max(best, record.value)
             if step > self.num_finished:
                 values: dict[str, float] = {f"trials/{state.name.lower()}": count for state, count in counts.items()}
-                values |= {"val/objective": best} if best >= 0 else {}
+                values |= cost | ({"val/objective": best} if best >= 0 else {})
                 curve += [Metric(name, value, int(record.ended * 1000), step) for name, value in values.items()]
         for start in range(0, len(curve), BATCH):
             self.client.log_batch(self.parent, metrics=curve[start : start + BATCH])
@@ -253,7 +254,8 @@ class Projection:
 
     def _write_table(self) -> None:
         self.noted_at = time.monotonic()
-        self.client.set_tag(self.parent, "mlflow.note.content", markdown_table(rows(self.ledger, self.runs)[:5]))
+        note = f"{markdown_table(rows(self.ledger, self.runs)[:5])}\n\n{cost_text(self.ledger)}."
+        self.client.set_tag(self.parent, "mlflow.note.content", note)
         best = self.ledger.best()
         if best:
             self.client.set_tag(self.parent, "best_run_id", self.runs[best.number])

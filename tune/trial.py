@@ -59,6 +59,8 @@ class TrialActor(Trainable):
         while True:
             try:
                 epochs.append(self.experiment.advance())
+                if self.trial["gpus"]:  # with the epoch, as a resume may give the trial another number of them
+                    epochs[-1].metrics["gpu_seconds"] = self.trial["gpus"] * epochs[-1].metrics["seconds"]
             except Diverged as error:
                 log.warning("trial %d: %s", self.trial["number"], error)
                 return True

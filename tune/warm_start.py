@@ -1,0 +1,80 @@
+"""The best configurations of an earlier sweep, which a new one runs before anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optuna.trial import TrialState
+
+from hparams import Value
+from tune.files import NAME, RECORD, FolderHome, Home
+from tune.ledger import Ledger, Record
+from tune.space import Space
+from tune.spec import Sweep, SweepSpec
+
+TAKEN = 5  # complete trials of the earlier sweep that are looked at
+
+
+class WarmStart(NamedTuple):
+    """Parameters for the new sweep, best first, what the user is told of them, and what ``sweep.yaml`` notes."""
+
+    params: list[dict[str, Value]]
+    lines: list[str]
+    provenance: dict[str, Any]
+
+
+def warm_start(old: str, home: Home, spec: SweepSpec, space: Space) -> WarmStart:
+    """What a sweep of ``spec`` takes over from ``old``, a sweep in the same storage or the path of one's folder. ValueError
+    where there is none, or it has no complete trial."""
+    sweep = _find(old, home)
+    ledger = Ledger(sweep, read_only=True)
+    best = [record for record in ledger.leaderboard() if record.state is TrialState.COMPLETE][:TAKEN]
+    if not best:
+        raise ValueError(f"--from: sweep {old!r} has no complete trial to start from")
+    taken: dict[int, dict[str, Value]] = {}
+    lines = []
+    for record in best:
+        params, misfit = _translated(record, ledger.space, space, spec)
+        same = next((number for number, others in taken.items() if others == params), None)
+        if misfit or same is not None:
+            lines.append(
+                f"trial {record.number} of {sweep.name} is left out: {misfit or f'it is the same here as trial {same}'}"
+            )
+        else:
+            taken[record.number] = params
+    numbers = f" (trials {', '.join(map(str, taken))})" if taken else ""
+    lines.append(f"from {sweep.name}: {len(taken)} of its best {len(best)} configurations run first{numbers}")
+    origin = {"sweep": sweep.name, "id": sweep.provenance["id"], "trials": list(taken)}
+    return WarmStart(list(taken.values()), lines, {"from": origin})
+
+
+def _find(old: str, home: Home) -> Sweep:
+    if NAME.fullmatch(old) and old in home.names():
+        return Sweep.find(home, old)
+    folder = Path(old).resolve()
+    if (folder / RECORD).is_file():
+        return Sweep.find(FolderHome(folder.parent), folder.name)
+    known = ", ".join(home.names()) or "none"
+    raise ValueError(f"--from: {old!r} is no sweep in {home.place} and no folder of one; there are: {known}")
+
+
+def _translated(record: Record, old: Space, new: Space, spec: SweepSpec) -> tuple[dict[str, Value], str]:
+    """A trial's configuration in the new space, where what the old one did not search is at its default; or why it has no
+    place there."""
+    if record.method not in new.methods:
+        return {}, f"{record.method} is not searched"
+    searched = {parameter.field for parameter in old.parameters[record.method] if parameter.range}
+    params, _ = new.defaults(record.method, spec)
+    for parameter in new.parameters[record.method]:
+        field, drawn = parameter.field, parameter.range
+        value = record.values[field]
+        if field not in searched:
+            continue
+        if drawn is None and value != parameter.fixed:
+            return {}, f"its {field} {value} is not the {parameter.fixed} that is fixed here"
+        if drawn is not None and drawn.nearest(value) != value:
+            return {}, f"its {field} {value} is outside {drawn}"
+        if drawn is not None:
+            params[parameter.name] = value
+    return params, ""
