@@ -24,6 +24,7 @@ from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
 from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
+from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
@@ -75,14 +76,12 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, 
     check_tracking(tracking_uri(storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
-    if not spec.address:
+    if not address_of(spec):
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in describe(spec, space, dataset):
         print(line)
     if dry_run:
         return Ended(0)
-    if spec.address:
-        executor.check_cluster(spec)
     for stale in storage.glob(f".{name}.*"):  # of a launch that was killed
         if time.time() - stale.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(stale, ignore_errors=True)
@@ -91,6 +90,8 @@ def launch(name: str, storage: Path, spec: SweepSpec, *, dry_run: bool = False, 
         making.chmod(0o755)
         sweep = Sweep(making, spec, _provenance(dataset))
         sweep.write()
+        if address_of(spec):
+            executor.check_cluster(sweep)
         ledger = Ledger(sweep, create=True)
         for method in spec.method:
             params, moved = space.defaults(method, spec)
@@ -120,7 +121,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     if mapping and dataset.classes:
         flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
         lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")
-    if not spec.gpus_per_trial and not spec.address and num_gpus():
+    if not spec.gpus_per_trial and not address_of(spec) and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
     lines.append(f"{spec.trials} trials of {spec.epochs} epochs, ASHA rungs at {', '.join(map(str, rungs)) or 'none'}")
@@ -248,7 +249,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
             with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(Interrupted):
                 try:
                     if not idle:
-                        executor.run(desk, sweep.spec, interruption)
+                        executor.run(desk, sweep.spec, interruption, display.line)
                 finally:
                     interruption.settle()
                     for tracker in trackers:
