@@ -82,6 +82,18 @@ def open_table(source: Source, *, fresh: bool = False) -> Table:
         ) from error
 
 
+def same_table(source: Source, checksum: str) -> Table:
+    """The source's table as it was elsewhere, or before: this machine's may be from before the source changed, and is built
+    again, once. ValueError where the source itself is another."""
+    table = open_table(source)
+    if checksum and table.checksum != checksum:
+        table = open_table(source, fresh=True)
+        if table.checksum != checksum:
+            now = table.checksum[:12]
+            raise ValueError(f"data set {source.name} has changed: its checksum {checksum[:12]} is now {now}")
+    return table
+
+
 def _built(path: Path, source: Source, stamp: str | None) -> Table:
     """The table, built unless another process has done so meanwhile. Under the lock."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.cache import open_table
+from data.cache import same_table
 from data.dataset import Dataset, load
 from data.seeds import derive
 from data.sources import Options, find_source
@@ -85,12 +85,9 @@ def _dataset(
     image_size: int,
     checksum: str,
 ) -> Dataset:
-    """Shared by the trials of a reused worker. A table that is not the expected one may be this machine's from before the
-    source changed: it is read again, once. ValueError where the source itself is another."""
+    """Shared by the trials of a reused worker. ValueError where the source is not the one with that checksum."""
     options = Options(image_size=image_size)
-    source = find_source(data, options)
-    if checksum and open_table(source).checksum != checksum and (now := open_table(source, fresh=True).checksum) != checksum:
-        raise ValueError(f"data set {data} has changed: its checksum {checksum[:12]} is now {now[:12]}")
+    same_table(find_source(data, options), checksum)
     return load(
         data,
         noise,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.dataset import Dataset
 from models import make_model
+from tune.cluster import address_of
 from tune.spec import SweepSpec
 
 PATIENCE = 5  # seconds that a server gets to answer
@@ -17,7 +18,9 @@ DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql
 
 
 def check_storage(storage: Path) -> None:
-    """ValueError where the storage folder cannot be made or written."""
+    """ValueError where the storage folder cannot be made or written, or is one that Ray made for a job and removes."""
+    if "runtime_resources" in storage.parts:
+        raise ValueError(f"storage {str(storage)!r} is not allowed; Ray removes this folder: give --storage one of your own")
     try:
         storage.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=storage):
@@ -28,7 +31,7 @@ def check_storage(storage: Path) -> None:
 
 def check_resources(spec: SweepSpec) -> None:
     """ValueError where a trial asks for more than this machine has. A cluster is asked when it is connected to."""
-    if spec.address:
+    if address_of(spec):
         return
     num_cpus = os.cpu_count() or 1
     if spec.cpus_per_trial > num_cpus:

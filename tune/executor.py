@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.folders import cache_folder, data_folder
+from tune.cluster import Nodes, address_of, capacity, check_answers
 from tune.desk import Desk
 from tune.driver import Interrupted, Interruption
-from tune.spec import SweepSpec
+from tune.spec import Sweep, SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hparams.py", "data", "losses", "models", "methods", "training", "tune")
 
 
 class NotStarted(Exception):
     """Ray of this machine's own did not come up; a later attempt may succeed."""
+
+
+def places() -> dict[str, str]:
+    """Where the user wants data sets and tables to lie, for processes that have a working directory of their own.
+
+    What the user has not said is not passed on: another node may have another user, and so another home.
+    """
+    named = {name: os.environ.get(name) for name in ("NOISY_LABEL_CACHE", "NOISY_LABEL_DATA")}
+    return {name: str(Path(folder).absolute()) for name, folder in named.items() if folder}
 
 
 def _prepare() -> None:
@@ -30,23 +42,30 @@ def _prepare() -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
-    os.environ["NOISY_LABEL_CACHE"] = str(cache_folder())  # workers have a working directory of their own
-    os.environ["NOISY_LABEL_DATA"] = str(data_folder())
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the desk's to say
+    os.environ.update(places())
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
-    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
+def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[str], None]) -> None:
+    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started. ValueError where that cannot be."""
     _prepare()
     import ray
 
     try:
         with contextlib.suppress(Interrupted):
-            connect(spec.address)
-            held = capacity(spec)
-            desk.concurrent = min(spec.concurrent or held, held)
-            _tune(desk, spec)
+            address = address_of(spec)
+            connect(address)
+            nodes = Nodes(desk.ledger.sweep, spec)
+            held = nodes.check() if address else capacity(spec)
+            if address:
+                said = address if spec.address else f"{address} (RAY_ADDRESS)"
+                say(f"joined the Ray cluster {said}; it holds {held} trials at a time")
+                desk.concurrent = spec.concurrent or held
+                _tune(desk, spec, lambda: nodes.follow(desk, say))
+            else:
+                desk.concurrent = min(spec.concurrent or held, held)
+                _tune(desk, spec)
     except NotStarted as error:
         desk.problem = str(error)
     finally:
@@ -59,11 +78,12 @@ def connect(address: str) -> None:
     own does not come up."""
     import ray
     from ray._private import utils
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-    shipped: dict[str, Any] | None = None
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its import has set another
     if address:
-        places = {name: os.environ[name] for name in ("NOISY_LABEL_CACHE", "NOISY_LABEL_DATA")}
-        shipped = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "runs"], "env_vars": places}
+        check_answers(address)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for "auto" alone
     raise_exit = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:
@@ -72,60 +92,52 @@ def connect(address: str) -> None:
             include_dashboard=False if not address else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env=shipped,
+            runtime_env=shipped() if address else None,
         )
-    except ray.exceptions.AuthenticationError as error:
-        raise ValueError(f"Ray refuses its token: {str(error).split('. ')[0]}") from error
     except Exception as error:  # Ray raises a bare one where a node does not come up in time
         reason = " ".join(str(error).split())
         if address:
-            raise ValueError(f"Ray cluster {address!r} cannot be joined: {reason}") from error
+            refused = isinstance(error, ray.exceptions.AuthenticationError) or reason.startswith("Failed to connect")
+            advice = f"; {token_advice()}" if refused else ""
+            raise ValueError(f"Ray cluster {address!r} cannot be joined: {reason.split('. ')[0]}{advice}") from error
         raise NotStarted(f"Ray did not start: {reason}") from error
     finally:
         utils.set_sigterm_handler = raise_exit
 
 
-def check_cluster(spec: SweepSpec) -> None:
-    """ValueError where the cluster cannot be joined or none of its nodes holds a trial."""
+def shipped() -> dict[str, Any]:
+    """The runtime environment that a cluster's workers get: our packages by name, and nothing else that lies beside them.
+
+    In a job (``ray job submit``) it is added to the job's own, which must not say the same: what the job has stays.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    ours = {name: folder for name, folder in places().items() if name not in job.get("env_vars", {})}
+    return {"py_modules": [str(ROOT / name) for name in PACKAGES], "env_vars": ours}
+
+
+def token_advice() -> str:
+    """Which token the cluster was shown, where a refusal does not say so: Ray gives up after 20 s without naming it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "the token shown to it is that of RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if path.is_file() and path.stat().st_size:
+        return f"the token shown to it is that of {path}"
+    return "no token was shown to it; one is looked for in RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, and ~/.ray/auth_token"
+
+
+def check_cluster(sweep: Sweep) -> None:
+    """ValueError where the cluster cannot be joined, none of its nodes holds a trial, or one cannot run it."""
     _prepare()
     import ray
 
     try:
-        connect(spec.address)
-        capacity(spec)
+        connect(address_of(sweep.spec))
+        Nodes(sweep, sweep.spec).check()
     finally:
         ray.shutdown()
 
 
-def capacity(spec: SweepSpec) -> int:
-    """How many trials the nodes hold at a time. ValueError where no node holds even one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    total = 0
-    for node in nodes:
-        fits = [how_many(node.get("CPU", 0.0), spec.cpus_per_trial)]
-        if spec.gpus_per_trial >= 1:
-            fits.append(how_many(node.get("GPU", 0.0), spec.gpus_per_trial))
-        elif spec.gpus_per_trial > 0:
-            fits.append(int(node.get("GPU", 0.0)) * how_many(1, spec.gpus_per_trial))  # a fraction does not span two GPUs
-        total += min(fits)
-    if not total:
-        most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
-        raise ValueError(
-            f"no node holds a trial of {spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs; "
-            f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
-        )
-    return total
-
-
-def how_many(have: float, need: float) -> int:
-    """How often ``need`` goes into ``have``, in Ray's units of a ten-thousandth."""
-    return round(have * 10_000) // round(need * 10_000)
-
-
-def _tune(desk: Desk, spec: SweepSpec) -> None:
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.concurrent)  # start the first ones together
+def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
     from ray import tune
 
     from tune.scheduler import LedgerScheduler
@@ -137,7 +149,7 @@ def _tune(desk: Desk, spec: SweepSpec) -> None:
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(desk),
+                search_alg=LedgerSearcher(desk, look),
                 scheduler=LedgerScheduler(desk),
                 num_samples=-1,
                 reuse_actors=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -13,12 +14,14 @@ from tune.desk import FINISHED, Desk
 class LedgerSearcher(Searcher):
     """Hands out trials that lost their process first, then asks Optuna; tells the study how a trial ended.
 
-    Tune's own trial ids last as long as one process of a trial; the ledger's numbers are what a user sees.
+    Tune's own trial ids last as long as one process of a trial; the ledger's numbers are what a user sees. ``look`` is called
+    before each proposal, many times a second.
     """
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, look: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.desk = desk
+        self.look = look
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher into its folder; nothing of ours belongs there
@@ -27,6 +30,7 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        self.look()
         proposal = self.desk.next(trial_id)
         if proposal is None:
             return None

@@ -22,6 +22,7 @@ from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
 from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
+from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import Interrupted, Interruption
@@ -84,16 +85,16 @@ def launch(
     check_tracking(tracking_uri(home.storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
-    if not spec.address:
+    if not address_of(spec):
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in [*describe(spec, space, dataset), *warm.lines]:
         print(line)
     if dry_run:
         return Ended(0)
-    if spec.address:
-        executor.check_cluster(spec)
     with home.making(name) as (folder, files):
         sweep = Sweep(folder, spec, _provenance(dataset) | warm.provenance, files)
+        if address_of(spec):
+            executor.check_cluster(sweep)
         ledger = Ledger(sweep, create=True)
         for params in warm.params:
             ledger.enqueue(params)
@@ -121,7 +122,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     if mapping and dataset.classes:
         flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
         lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")
-    if not spec.gpus_per_trial and not spec.address and num_gpus():
+    if not spec.gpus_per_trial and not address_of(spec) and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
     limits = [f"at most {limit:g} {unit}, " for limit, unit in ((spec.hours, "hours"), (spec.gpu_hours, "GPU-hours")) if limit]
@@ -252,7 +253,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
             with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(Interrupted):
                 try:
                     if not idle:
-                        executor.run(desk, sweep.spec, interruption)
+                        executor.run(desk, sweep.spec, interruption, display.line)
                 finally:
                     interruption.settle()
                     for tracker in trackers:

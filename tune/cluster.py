@@ -1,0 +1,207 @@
+"""The nodes of a Ray cluster: which one is meant, how many trials they hold, and whether a trial can run on each."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.cache import same_table
+from data.sources import Options, find_source
+from tune.desk import Desk
+from tune.spec import Sweep, SweepSpec
+
+ADDRESS = re.compile(r"auto|(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+PATIENCE = 5  # seconds that a cluster gets to answer
+LOOK_SECONDS = 3.0  # between looks at the nodes
+SILENT_SECONDS = 30.0  # that no node holds a trial before it is said
+MAX_REFUSALS = 3  # questions that a living node may fail to answer
+
+
+def address_of(spec: SweepSpec) -> str:
+    """``--address``, else ``RAY_ADDRESS``, as everywhere in Ray; empty for a Ray of our own on this machine.
+
+    ValueError where it is neither ``local`` nor a cluster's address.
+    """
+    name, address = ("--address", spec.address) if spec.address else ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
+    if address in ("", "local"):
+        return ""
+    if "://" in address:  # of the jobs' server, or of Ray Client, behind which Tune cannot run its loop
+        raise ValueError(
+            f"{name}: {address!r} is not allowed; from outside the cluster a sweep is submitted: ray job submit -- python "
+            f"search.py ... --address auto; on a machine of the cluster give auto or HOST:PORT, for this machine alone local"
+        )
+    if not ADDRESS.fullmatch(address):
+        raise ValueError(f"{name}: {address!r} is not allowed; it must be auto, HOST:PORT or local")
+    return address
+
+
+def check_answers(address: str) -> None:
+    """ValueError where nothing listens at a cluster's address, for which Ray takes 20 s."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"Ray cluster {address!r} cannot be joined: nothing answers there ({error})") from error
+
+
+def room(resources: Mapping[str, float], spec: SweepSpec) -> int:
+    """How many trials a node holds at a time."""
+    fits = [how_many(resources.get("CPU", 0.0), spec.cpus_per_trial)]
+    if spec.gpus_per_trial >= 1:
+        fits.append(how_many(resources.get("GPU", 0.0), spec.gpus_per_trial))
+    elif spec.gpus_per_trial > 0:
+        fits.append(int(resources.get("GPU", 0.0)) * how_many(1, spec.gpus_per_trial))  # a fraction does not span two GPUs
+    return min(fits)
+
+
+def how_many(have: float, need: float) -> int:
+    """How often ``need`` goes into ``have``, in Ray's units of a ten-thousandth."""
+    return round(have * 10_000) // round(need * 10_000)
+
+
+def living_nodes() -> dict[str, dict[str, Any]]:
+    """What Ray says of each node that is alive, by its id."""
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
+def capacity(spec: SweepSpec) -> int:
+    """How many trials the living nodes hold at a time. ValueError where none holds even one."""
+    nodes = [node["Resources"] for node in living_nodes().values()]
+    if total := sum(room(resources, spec) for resources in nodes):
+        return total
+    most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
+    raise ValueError(
+        f"no node holds a trial of {spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs; "
+        f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
+    )
+
+
+class Nodes:
+    """Follows a cluster. A node counts once a question to it was answered: does it see the sweep's folder and the data?"""
+
+    def __init__(self, sweep: Sweep, spec: SweepSpec) -> None:
+        self.sweep = sweep
+        self.spec = spec
+        self.able: set[str] = set()
+        self.asked: dict[str, Any] = {}
+        self.refusals: Counter[str] = Counter()
+        self.held = 0
+        self.looked = self.seen_room = time.monotonic()
+        self.said = False
+
+    def check(self) -> int:
+        """How many trials the nodes hold, each of them asked. ValueError where on one no trial can run, or none holds any.
+
+        A number of trials given by the user is taken at its word: the cluster may grow once there are trials that wait.
+        """
+        if not self.spec.concurrent:
+            try:
+                capacity(self.spec)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; if the cluster brings nodes on demand, say how many trials: --concurrent N"
+                ) from error
+        self._look(patience=None)
+        while self.asked:
+            time.sleep(LOOK_SECONDS)  # one did not answer: it is dying, and soon gone, or asked again
+            self._look(patience=None)
+        return self.held
+
+    def follow(self, desk: Desk, say: Callable[[str], None]) -> None:
+        """Sets how many trials run at a time, now and then; stops the sweep where one cannot run on a new node."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return
+        self.looked, before = now, self.held
+        try:
+            self._look(patience=0)
+        except ValueError as error:
+            desk.problem = desk.problem or str(error)
+            desk.halted.set()
+            return
+        desk.concurrent = self.spec.concurrent or self.held
+        if self.held:
+            self.seen_room, self.said = now, False
+            if self.held != before:
+                say(f"the cluster holds {self.held} trials at a time (before: {before})")
+        elif now - self.seen_room >= SILENT_SECONDS and not self.said:
+            say("no node of the cluster holds a trial; waiting for one")
+            self.said = True
+
+    def _look(self, patience: float | None) -> None:
+        """Asks the nodes that are new and hears those that have answered, waiting ``patience`` seconds (None: for all)."""
+        import ray
+
+        living = living_nodes()
+        rooms = {key: num for key, node in living.items() if (num := room(node["Resources"], self.spec))}
+        self.asked = {key: answer for key, answer in self.asked.items() if key in rooms}
+        for key in rooms.keys() - self.able - self.asked.keys():
+            self.asked[key] = self._ask(key)
+        answers = list(self.asked.values())
+        if answers:
+            ray.wait(answers, num_returns=len(answers), timeout=patience)
+            for key in [key for key, answer in self.asked.items() if ray.wait([answer], timeout=0)[0]]:
+                self._hear(key, living[key])
+        self.held = sum(num for key, num in rooms.items() if key in self.able)
+
+    def _ask(self, key: str) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        pinned = NodeAffinitySchedulingStrategy(key, soft=False)
+        question: Any = ray.remote(why_not_here)
+        ask = question.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+        record = self.sweep.folder / "sweep.yaml"
+        table = str(self.sweep.provenance.get("table", ""))
+        return ask.remote(str(record), record.read_text(), self.spec.data, self.spec.image_size, table)
+
+    def _hear(self, key: str, node: Mapping[str, Any]) -> None:
+        import ray
+
+        try:
+            trouble = ray.get(self.asked[key])
+        except ray.exceptions.RayError as error:
+            self.refusals[key] += 1
+            if self.refusals[key] < MAX_REFUSALS:
+                self.asked[key] = self._ask(key)
+                return
+            trouble = f"cannot run a trial: {str(error).strip().splitlines()[-1]}"
+        del self.asked[key]
+        if trouble:
+            raise ValueError(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) {trouble}")
+        self.able.add(key)
+
+
+def why_not_here(record: str, text: str, data: str, image_size: int, checksum: str) -> str:
+    """Why no trial of a sweep can run on the node that this is called on; empty where one can.
+
+    ``record`` is the sweep's own and holds ``text``, which no other sweep has. The data are decoded into the node's cache.
+    """
+    folder = Path(record).parent
+    try:
+        same = Path(record).read_text() == text
+    except OSError:
+        same = False
+    if not same:
+        return f"does not see the storage {folder.parent}; give --storage a folder that all nodes share under this path"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"cannot write the storage {folder.parent}: {error.strerror}"
+    try:
+        same_table(find_source(data, Options(image_size=image_size)), checksum)
+    except (ValueError, OSError) as error:
+        return f"cannot read the data: {error}"
+    return ""
