@@ -28,6 +28,7 @@ def _prepare() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # a trial that lost its process gets one line of ours, which says why
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
     os.environ["NOISY_LABEL_CACHE"] = str(cache_folder())  # workers have a working directory of their own
@@ -39,6 +40,8 @@ def _prepare() -> None:
 def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
     """Starts or joins Ray, runs Tune until the desk is done, and ends what it started."""
     _prepare()
+    if not spec.address:  # Ray's servers then listen on the loopback address; the name is from where Ray does so by itself
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     try:
