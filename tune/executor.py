@@ -35,6 +35,7 @@ def _prepare() -> None:
     os.environ["NOISY_LABEL_DATA"] = str(data_folder())
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # at the end it calls every lost process a trial
 
 
 def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
@@ -47,6 +48,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
     try:
         with contextlib.suppress(Interrupted):
             connect(spec.address)
+            interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
             held = capacity(spec)
             desk.concurrent = min(spec.concurrent or held, held)
             _tune(desk, spec)

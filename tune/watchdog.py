@@ -14,8 +14,8 @@ NOTE = ".hung"  # beside the trial's checkpoint; holds a text only once its proc
 
 
 def allowed_seconds(hang_seconds: float, longest: float, first: bool) -> float:
-    """How long an epoch may take (0: any time), given the ``longest`` of the trial so far; the ``first`` one of a process builds or maps the
-    table, loads weights and compiles as well."""
+    """How long an epoch may take (0: any time), given the ``longest`` of the trial so far; the ``first`` of a process builds or
+    maps the table, loads weights and compiles as well."""
     return hang_seconds and max(hang_seconds * (SLACK if first else 1), SLACK * longest)
 
 
