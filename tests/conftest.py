@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.faulty_sweep import FaultySweep
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="noisy-label-tests-"))
 os.environ["NOISY_LABEL_CACHE"] = str(SCRATCH / "cache")
@@ -38,3 +43,26 @@ def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory, migrated_store: Path) -> Iterator[FaultySweep]:
+    """A sweep that has ended after a trial hung for good, one lost its process and half of its checkpoint, three ran out of
+    memory and one was poisoned."""
+    from tests.faulty_sweep import faulty_sweep, wait_for
+
+    faults = {
+        0: ("hang", 2, 3),
+        1: ("tear", 4, 1),
+        2: ("exhaust_torch", 2, 1),
+        3: ("exhaust_python", 2, 1),
+        4: ("exhaust_gpu", 2, 1),
+        5: ("poison", 3, 1),
+    }
+    spec = {"trials": 3, "epochs": 4, "grace_epochs": 2, "reduction_factor": 50, "concurrent": 2}
+    timing = {"checkpoint_seconds": 1e6, "report_seconds": 0, "hang_seconds": 5}
+    with faulty_sweep(tmp_path_factory.mktemp("faulty"), migrated_store, faults, **spec, **timing) as sweep:
+        wait_for(sweep, lambda: sweep.struck)
+        sweep.look()
+        sweep.process.wait(600)
+        yield sweep

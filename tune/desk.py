@@ -20,6 +20,7 @@ from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
 from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES
+from tune.watchdog import last_words
 
 Finished = Literal["finished"]
 FINISHED: Finished = "finished"
@@ -112,6 +113,7 @@ class Desk:
             "reported": record.epochs,
             "checkpoint_seconds": spec.checkpoint_seconds,
             "report_seconds": spec.report_seconds,
+            "hang_seconds": spec.hang_seconds,
             "cpus": spec.cpus_per_trial,
             "gpus": spec.gpus_per_trial,
         }
@@ -149,11 +151,13 @@ class Desk:
         if record and verdict:
             self._end(record, verdict)
 
-    def lost(self, executor_id: str) -> None:
-        """The executor has lost a trial's process: first in line again, or failed when it was lost too often."""
+    def lost(self, executor_id: str, reason: str = "") -> None:
+        """The executor has lost a trial's process, and why, if it knows: first in line again, or failed when it was lost too
+        often."""
         record = self.live.pop(executor_id, None)
         if record is None:
             return
+        record.loss = last_words(self.ledger.checkpoints / str(record.number)) or reason
         try:
             if self.ledger.lost(record):
                 self.waiting.appendleft(record)

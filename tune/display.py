@@ -63,7 +63,8 @@ class Display:
             if record.epochs:
                 self.line(f"trial {record.number} {record.method} goes on from epoch {record.epochs}")
         elif kind == "lost":
-            self.line(f"trial {record.number} lost its process after epoch {record.epochs}; it will be run again")
+            why = f" ({record.loss.splitlines()[-1]})" if record.loss else ""
+            self.line(f"trial {record.number} lost its process after epoch {record.epochs}{why}; it will be run again")
         else:
             self.line(self._ended(record))
 

@@ -40,22 +40,27 @@ def _prepare() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its announcement
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's tables; ours is the display
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # a trial that lost its process gets one line of ours, which says why
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the desk's to say
     os.environ.update(places())
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # at the end it calls every lost process a trial
 
 
 def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[str], None]) -> None:
     """Starts or joins Ray, runs Tune until the desk is done, and ends what it started. ValueError where that cannot be."""
     _prepare()
+    address = address_of(spec)
+    if not address:  # Ray's servers then listen on the loopback address; the name is from where Ray does so by itself
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     try:
         with contextlib.suppress(Interrupted):
-            address = address_of(spec)
             connect(address)
+            interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
             nodes = Nodes(desk.ledger.sweep, spec)
             held = nodes.check() if address else capacity(spec)
             if address:

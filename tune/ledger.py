@@ -51,6 +51,7 @@ class Record:
     spent: Spent = field(default_factory=Spent)  # by all trials, up to its last epoch's recording
     started: float = 0.0
     ended: float = 0.0
+    loss: str = ""  # why it lost its last process, as far as this driver was told
 
     @property
     def value(self) -> float | None:
@@ -277,7 +278,9 @@ class Ledger:
         self._set_attr(record, "lost", count)
         if count < MAX_LOST:
             return True
-        self.fail(record, f"lost its process {count} times; the last epoch reported was {record.epochs}")
+        details, _, why = record.loss.rpartition("\n")
+        error = f"lost its process {count} times; the last epoch reported was {record.epochs}"
+        self.fail(record, "\n".join(filter(None, [details, f"{error}; the last time {why}" if why else error])))
         return False
 
     def _set_attr(self, record: Record, key: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
@@ -14,7 +15,7 @@ from tune.desk import Desk
 class LedgerScheduler(FIFOScheduler):
     """Sees every result, the last one too: the desk writes it into the ledger and decides.
 
-    What it decides is told to the study through the searcher, which Tune calls next.
+    What it decides is told to the study through the searcher, which Tune calls next; that a process was lost, it tells itself.
     """
 
     def __init__(self, desk: Desk) -> None:
@@ -33,3 +34,17 @@ class LedgerScheduler(FIFOScheduler):
         )
         decision: str = TrialScheduler.CONTINUE if keep else TrialScheduler.STOP
         return decision
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Its process is gone. The searcher, whom Tune tells next, is not told why."""
+        error = Path(trial.error_file).read_text() if trial.error_file else ""
+        self.desk.lost(trial.trial_id, why(error))
+
+
+def why(error: str) -> str:
+    """What Ray says of the end of a process, a date and an exception's text, with a line at the end that sums it up."""
+    details = error.partition("\n")[2].strip()
+    told = [line for line in details.splitlines() if line and not line.startswith(("\t", "The actor died unexpectedly"))]
+    if not told:
+        return ""
+    return f"{details}\nRay says: {told[0].rpartition('Worker exit detail: ')[2].partition(' Some common causes')[0]}"

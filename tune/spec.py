@@ -69,6 +69,13 @@ class SweepSpec:
     grace_epochs: int = option(0, "first rung of ASHA in epochs (0: a tenth of the budget)", "[0, inf)", flag=False)
     checkpoint_seconds: float = option(10.0, "a trial is saved when this much time has passed", "[0, inf)", flag=False)
     report_seconds: float = option(1.0, "a trial reports at rungs and when this much time has passed", "[0, inf)", flag=False)
+    hang_seconds: float = option(
+        1800.0,
+        "an epoch that takes longer ends its process, if it also takes ten times the longest before it; the first epoch of a"
+        " trial may take ten times as long (0: never)",
+        "[0, inf)",
+        flag=False,
+    )
     validation_fraction: float = option(0.3, "share held out, with noisy labels, to select on", "(0, 1)", flag=False)
     noise_seed: int = option(0, "of the synthetic noise", "[0, inf)", flag=False)
     split_seed: int = option(0, "of the split into training, validation and test set", "[0, inf)", flag=False)

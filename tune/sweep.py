@@ -93,6 +93,7 @@ def launch(
         return Ended(0)
     with home.making(name) as (folder, files):
         sweep = Sweep(folder, spec, _provenance(dataset) | warm.provenance, files)
+        sweep.write()
         if address_of(spec):
             executor.check_cluster(sweep)
         ledger = Ledger(sweep, create=True)
@@ -104,7 +105,6 @@ def launch(
                 ledger.enqueue(params)
             for line in moved:
                 print(line)
-        sweep.write()
     return execute(Sweep.find(home, name), SWEEP, command)
 
 

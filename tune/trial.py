@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 from ray.tune import Trainable
 
+from tune.watchdog import Watchdog, allowed_seconds
+
 log = logging.getLogger(__name__)
 CUDA_CONTEXT_BYTES = 512 * 2**20  # what a process takes on a GPU before its first tensor
 
@@ -19,8 +22,9 @@ CUDA_CONTEXT_BYTES = 512 * 2**20  # what a process takes on a GPU before its fir
 class TrialActor(Trainable):
     """Each ``step`` trains until a rung, the end, or ``report_seconds``, and returns those epochs.
 
-    An exception does not leave it: it is reported as the trial's failure, with its traceback, and the actor lives on. ``setup``
-    touches nothing on disk, since Tune may call it for a trial that already runs elsewhere.
+    An exception does not leave it: it is reported as the trial's failure, with its traceback, and the actor lives on; running
+    out of memory is one. An epoch that hangs ends the process. ``setup`` touches nothing on disk, since Tune may call it for a
+    trial that already runs elsewhere.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -33,20 +37,24 @@ class TrialActor(Trainable):
     def _take(self, config: dict[str, Any]) -> None:
         self.trial: dict[str, Any] = json.loads(config["trial"])
         self.experiment: Any = None
+        self.begun = False  # whether it has trained an epoch here
 
     def step(self) -> dict[str, Any]:
         epochs: list[Any] = []
         failure, diverged = None, False
         try:
-            diverged = self._advance(epochs)
+            with Watchdog(Path(self.trial["folder"])) as watchdog:  # an actor that waits for the driver does not hang
+                diverged = self._advance(epochs, watchdog)
         except Exception:  # noqa: BLE001  the trial's boundary: whatever a trial raises is its own failure, not the sweep's
             failure = traceback.format_exc()
         if failure or diverged:
             self.experiment = None  # its state is that of no epoch's end: nothing is left for cleanup to save
+            self._free_memory()
         return {"epochs": [dataclasses.asdict(epoch) for epoch in epochs], "failure": failure, "diverged": diverged}
 
-    def _advance(self, epochs: list[Any]) -> bool:
+    def _advance(self, epochs: list[Any], watchdog: Watchdog) -> bool:
         """Adds the epochs to report. Returns whether the trial diverged."""
+        watchdog.expect(allowed_seconds(self.trial["hang_seconds"], 0.0, not self.begun))
         from training.fit import Diverged
 
         if self.experiment is None:
@@ -56,7 +64,9 @@ class TrialActor(Trainable):
         if epochs and self._pauses(epochs[-1].epoch):
             return False
         stop_at = time.monotonic() + self.trial["report_seconds"]
+        longest = max((epoch.metrics["seconds"] for epoch in self.experiment.history), default=0.0)
         while True:
+            watchdog.expect(allowed_seconds(self.trial["hang_seconds"], longest, not self.begun))
             try:
                 epochs.append(self.experiment.advance())
                 if self.trial["gpus"]:  # with the epoch, as a resume may give the trial another number of them
@@ -64,6 +74,7 @@ class TrialActor(Trainable):
             except Diverged as error:
                 log.warning("trial %d: %s", self.trial["number"], error)
                 return True
+            self.begun, longest = True, max(longest, epochs[-1].metrics["seconds"])
             pauses = self._pauses(epochs[-1].epoch)
             if pauses or time.monotonic() - self.saved_at >= self.trial["checkpoint_seconds"]:
                 self._save()
@@ -85,6 +96,14 @@ class TrialActor(Trainable):
             torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
         device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
         return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"], device)
+
+    def _free_memory(self) -> None:
+        """Gives back what a failed trial held, so that the next one does not fail for it."""
+        gc.collect()
+        if self.trial["gpus"]:
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _save(self) -> None:
         try:
