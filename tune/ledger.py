@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
 from tune.journal import DamagedFile, LineFile, open_storage
+from tune.sampler import GroupedTPE
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
 
@@ -108,11 +108,7 @@ class Ledger:
         seed = derive("sampler", self.sweep.spec.seed, trial.number, len(trial.params)) % 2**32
         if self.sweep.spec.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group= has been so for years
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=True, group=len(self.sweep.spec.method) > 1
-            )
+        return GroupedTPE(self.space, seed)
 
     def _read(self) -> None:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
