@@ -7,6 +7,7 @@ A trial that lost its process stays RUNNING and is handed out again under its ow
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import threading
 from collections import Counter
@@ -90,6 +91,7 @@ class Ledger:
         self.records: dict[int, Record] = {}
         self.num_epochs = 0  # of all trials, in the order of their recording
         self.states: Counter[TrialState] = Counter()
+        self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = sweep.folder / "journal.log"
         storage = open_storage(self.journal)
@@ -161,6 +163,8 @@ class Ledger:
         with self.lock:
             self.records[record.number] = record
             self.states[record.state] += 1
+            if record.finished:
+                bisect.insort(self._ranked, record, key=_rank)
         return record
 
     # -- proposing ----------------------------------------------------------------------------------------------------
@@ -249,6 +253,7 @@ class Ledger:
             self.states[record.state] -= 1
             self.states[state] += 1
             record.state, record.ended = state, ended.timestamp()
+            bisect.insort(self._ranked, record, key=_rank)
 
     def lost(self, record: Record) -> bool:
         """Counts a lost process. Returns whether the trial may run again; otherwise it has failed."""
@@ -269,16 +274,18 @@ class Ledger:
 
     def leaderboard(self) -> list[Record]:
         """Best first: complete trials by value, then those stopped early by (epoch, value), then running, then failed."""
-        order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
-
-        def key(record: Record) -> tuple[int, int, float, int]:
-            epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
-            return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number
-
         with self.lock:
-            return sorted(self.records.values(), key=key)
+            good = self.count(TrialState.COMPLETE, TrialState.PRUNED)
+            return [*self._ranked[:good], *sorted(self.unfinished(), key=_rank), *self._ranked[good:]]
 
     def best(self) -> Record | None:
         """The best complete trial; None before the first."""
-        first = next(iter(self.leaderboard()), None)
+        first = next(iter(self._ranked), None)
         return first if first and first.state is TrialState.COMPLETE else None
+
+
+def _rank(record: Record) -> tuple[int, int, float, int]:
+    """What trials are sorted by. That of a finished one does not change."""
+    order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
+    epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
+    return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number
