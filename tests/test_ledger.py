@@ -301,10 +301,10 @@ def test_a_proposal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
         assert set(record.values) == set(declared(find_method(record.method).Config))
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_search_that_is_resumed_goes_on_where_it_was(tmp_path: Path, sampler: str) -> None:
+@pytest.mark.parametrize(("methods", "sampler"), [("alr", "random"), ("alr", "tpe"), ("ce,alr,elr", "tpe")])
+def test_a_search_that_is_resumed_goes_on_where_it_was(tmp_path: Path, methods: str, sampler: str) -> None:
     """One trial at a time, a new driver for each, one of them killed before a first parameter: the very same search."""
-    fields: dict[str, Any] = {"method": ("alr",), "trials": 14, "epochs": 1, "sampler": sampler}
+    fields: dict[str, Any] = {"method": tuple(methods.split(",")), "trials": 14, "epochs": 1, "sampler": sampler}
     undisturbed = make_sweep(tmp_path, "undisturbed", **fields)
     play(open_desk(undisturbed, concurrent=1))
     resumed = make_sweep(tmp_path, "resumed", **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,17 @@ def test_cuts_worked_by_hand() -> None:
     assert below_cut(0.29, [0.0, 0.1, 0.2, 0.3, 0.4], 4, 4)
     assert not below_cut(0.3, [0.0, 0.1, 0.2, 0.3, 0.4], 4, 4)
     assert not below_cut(0.5, [0.5, 0.5, 0.5], 3, 3)
+
+
+def test_the_cut_is_numpys_percentile_bit_for_bit() -> None:
+    """Between two values, on one, among equal ones, for any number of results: on the cut a trial goes on, just below it ends."""
+    stream = random.Random(0)
+    for _ in range(2000):
+        factor, num_others = stream.randint(2, 9), stream.randint(1, 40)
+        others = [stream.choice([stream.random(), stream.randint(0, 3) / 3]) for _ in range(num_others)]
+        cut = float(np.percentile(others, (1 - 1 / factor) * 100))
+        assert not below_cut(cut, others, factor, 1)
+        assert below_cut(math.nextafter(cut, -1), others, factor, 1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

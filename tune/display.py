@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -72,7 +73,7 @@ class Display:
         value = f"val {100 * record.value:.2f}" if record.value is not None else "no epoch"
         best = self.ledger.best()
         lead = f"best {100 * best.value:.2f} (trial {best.number})" if best and best.value is not None else "none complete"
-        num_done = sum(other.finished and other.word != "failed" for other in self.ledger.records.values())
+        num_done = self.ledger.count(TrialState.COMPLETE, TrialState.PRUNED)
         text = f"trial {record.number} {record.method} {record.word} after {record.epochs} epochs, {value}"
         if record.word == "failed":
             text += f": {record.attrs['summary']['error'].strip().splitlines()[-1]}"
@@ -96,10 +97,10 @@ class Display:
 
     def table(self) -> Table:
         """The running trials, then the best of the finished ones."""
-        board = rows(self.ledger, {})
-        shown = [row for row in board if row["state"] == "running"] + [row for row in board if row["state"] != "running"]
+        board = self.ledger.leaderboard()
+        shown = rows(self.ledger, {}, sorted(board, key=lambda record: record.finished)[:SHOWN])
         table = Table(title=f"{self.ledger.sweep.name}: {len(board)} of {self.total} trials begun")
-        header, lines, _ = leaderboard(shown[:SHOWN])
+        header, lines, _ = leaderboard(shown)
         for column in header:
             table.add_column(column, justify="right" if column in ("trial", "val", "test", "epochs", "seconds") else "left")
         for row, line in zip(shown, lines, strict=False):

@@ -7,9 +7,9 @@ A trial that lost its process stays RUNNING and is handed out again under its ow
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from hparams import Value
 from training.experiment import EpochRecord
 from tune.budget import HOUR, Account, Budget, Spent
 from tune.journal import DamagedFile, Lines, open_storage
+from tune.sampler import GroupedTPE
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
 
@@ -93,6 +94,7 @@ class Ledger:
         self.records: dict[int, Record] = {}
         self.account = Account()
         self.states: Counter[TrialState] = Counter()
+        self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = sweep.files.lines("journal.log")
         storage = open_storage(self.journal)
@@ -115,11 +117,7 @@ class Ledger:
         seed = derive("sampler", self.sweep.spec.seed, trial.number, len(trial.params)) % 2**32
         if self.sweep.spec.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # group= has been so for years
-            return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, constant_liar=True, group=len(self.sweep.spec.method) > 1
-            )
+        return GroupedTPE(self.space, seed)
 
     def _read(self) -> None:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
@@ -172,6 +170,8 @@ class Ledger:
         with self.lock:
             self.records[record.number] = record
             self.states[record.state] += 1
+            if record.finished:
+                bisect.insort(self._ranked, record, key=_rank)
         return record
 
     # -- proposing ----------------------------------------------------------------------------------------------------
@@ -271,6 +271,7 @@ class Ledger:
             self.states[record.state] -= 1
             self.states[state] += 1
             record.state, record.ended = state, ended.timestamp()
+            bisect.insort(self._ranked, record, key=_rank)
 
     def lost(self, record: Record) -> bool:
         """Counts a lost process. Returns whether the trial may run again; otherwise it has failed."""
@@ -293,16 +294,18 @@ class Ledger:
 
     def leaderboard(self) -> list[Record]:
         """Best first: complete trials by value, then those stopped early by (epoch, value), then running, then failed."""
-        order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
-
-        def key(record: Record) -> tuple[int, int, float, int]:
-            epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
-            return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number
-
         with self.lock:
-            return sorted(self.records.values(), key=key)
+            good = self.count(TrialState.COMPLETE, TrialState.PRUNED)
+            return [*self._ranked[:good], *sorted(self.unfinished(), key=_rank), *self._ranked[good:]]
 
     def best(self) -> Record | None:
         """The best complete trial; None before the first."""
-        first = next(iter(self.leaderboard()), None)
+        first = next(iter(self._ranked), None)
         return first if first and first.state is TrialState.COMPLETE else None
+
+
+def _rank(record: Record) -> tuple[int, int, float, int]:
+    """What trials are sorted by. That of a finished one does not change."""
+    order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
+    epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
+    return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number

@@ -19,9 +19,10 @@ from tune.rungs import Rungs
 from tune.spec import Sweep
 
 
-def rows(ledger: Ledger, runs: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The leaderboard, best first, as ``best --json`` prints it: ``value`` is noisy validation accuracy."""
-    return [_row(record, runs.get(record.number)) for record in ledger.leaderboard()]
+def rows(ledger: Ledger, runs: Mapping[int, str], records: Sequence[Record] | None = None) -> list[dict[str, Any]]:
+    """The leaderboard, best first, as ``best --json`` prints it: ``value`` is noisy validation accuracy. Of ``records``, if
+    they are given: a sweep of thousands need not be written out for the few that are shown."""
+    return [_row(record, runs.get(record.number)) for record in (ledger.leaderboard() if records is None else records)]
 
 
 def _row(record: Record, run_id: str | None) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def _params(row: Mapping[str, Any]) -> str:
     return " ".join(f"{name.removeprefix(row['method'] + '.')}={short(value)}" for name, value in row["params"].items())
 
 
+PLOTTED = 1000  # trials on the page of plots
 COLUMNS = ("trial", "method", "state", "val", "test", "epochs", "seconds", "parameters")
 
 
@@ -157,19 +159,26 @@ def best_config_text(ledger: Ledger, record: Record) -> str:
 
 
 def plots_page(ledger: Ledger) -> str:
-    """One page with the search's history, learning curves, parameters and their importance; empty before two trials ended."""
+    """One page with the search's history, learning curves, parameters and their importance; empty before two trials ended.
+    Of a larger sweep it shows the best ``PLOTTED`` trials: time and size would grow without bound, and nothing be seen."""
     if ledger.count(TrialState.COMPLETE) < 2:
         return ""
+    import optuna
     from optuna import visualization as draw
 
+    study = ledger.study
+    if len(ledger.records) > PLOTTED:
+        shown = {record.number for record in ledger.leaderboard()[:PLOTTED]}
+        study = optuna.create_study(direction="maximize")
+        study.add_trials(trial for trial in ledger.study.get_trials(deepcopy=False) if trial.number in shown)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few trials, and of what is experimental: nothing that a user can act on
-        figures = [draw.plot_optimization_history(ledger.study), draw.plot_intermediate_values(ledger.study)]
-        figures.append(draw.plot_parallel_coordinate(ledger.study))
-        complete = [trial for trial in ledger.study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
+        figures = [draw.plot_optimization_history(study), draw.plot_intermediate_values(study)]
+        figures.append(draw.plot_parallel_coordinate(study))
+        complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
         varied = len({trial.value for trial in complete}) > 1 and any(trial.params for trial in complete)
         if varied:
-            figures.append(draw.plot_param_importances(ledger.study))
+            figures.append(draw.plot_param_importances(study))
     parts = [figure.to_html(full_html=False, include_plotlyjs=number == 0) for number, figure in enumerate(figures)]
     return "<!doctype html><meta charset='utf-8'>" + "\n".join(parts)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-
-import numpy as np
 
 from methods.base import first_epoch
 from tune.ledger import SWEEP, Ledger, Record
@@ -16,12 +15,22 @@ def below_cut(value: float, others: list[float], reduction_factor: int, min_resu
     Asynchronous successive halving, stopping variant (Li et al., arXiv 1810.05934), with the percentile rule of Ray's
     scheduler. No cut before ``min_results`` others are there; a value that is not finite ends its trial, and no other's.
     """
+    finite = sorted(other for other in others if math.isfinite(other))
+    return _below_cut(value, finite, reduction_factor, min_results)
+
+
+def _below_cut(value: float, ascending: list[float], reduction_factor: int, min_results: int) -> bool:
+    """As :func:`below_cut`, of finite values in ascending order, which it does not walk through."""
     if not math.isfinite(value):
         return True
-    others = [other for other in others if math.isfinite(other)]
-    if len(others) < max(1, min_results):
+    if len(ascending) < max(1, min_results):
         return False
-    return value < float(np.percentile(others, (1 - 1 / reduction_factor) * 100))
+    place = (1 - 1 / reduction_factor) * 100 / 100 * (len(ascending) - 1)
+    low = math.floor(place)
+    share, (left, right) = place - low, (ascending[low], ascending[min(low + 1, len(ascending) - 1)])
+    # numpy's own rounding: from the nearer end
+    cut = left + (right - left) * share if share < 0.5 else right - (right - left) * (1 - share)
+    return value < cut
 
 
 class Rungs:
@@ -34,13 +43,19 @@ class Rungs:
         self.min_results = spec.reduction_factor  # others at a rung before it cuts; Ray's cuts from 1 on
         self.total_epochs = spec.epochs
         self.values: dict[int, dict[int, float]] = {rung: {} for rung in (spec.rungs() if ledger.kind == SWEEP else [])}
+        self._ascending: dict[int, list[float]] = {rung: [] for rung in self.values}  # the finite ones
         for record in ledger.records.values():
             for epoch in record.objectives:
-                self._enter(record, epoch)
+                if self._counts(record, epoch):
+                    self._enter(record, epoch)
+
+    def _counts(self, record: Record, epoch: int) -> bool:
+        return epoch in self.values and epoch > self.begins(record)
 
     def _enter(self, record: Record, epoch: int) -> None:
-        if epoch in self.values and epoch > self.begins(record):
-            self.values[epoch][record.number] = record.objectives[epoch]
+        value = self.values[epoch][record.number] = record.objectives[epoch]
+        if math.isfinite(value):
+            bisect.insort(self._ascending[epoch], value)
 
     def begins(self, record: Record) -> int:
         """How many epochs pass before the trial's method proper starts."""
@@ -49,10 +64,13 @@ class Rungs:
     def stops(self, record: Record, epoch: int) -> bool:
         """Judges a trial at ``epoch``, which is in the ledger, against those that came before, and enters it. Asked again after
         a restart, when others have come since, it says the same."""
-        self._enter(record, epoch)
-        standing = self.values.get(epoch, {})
-        if record.number not in standing:
+        if not self._counts(record, epoch):
             return False
-        records, now = self.ledger.records, record.arrived[epoch]
-        others = [value for number, value in standing.items() if records[number].arrived.get(epoch, now) < now]
-        return below_cut(standing[record.number], others, self.reduction_factor, self.min_results)
+        standing, value = self.values[epoch], record.objectives[epoch]
+        if record.number in standing:
+            records, now = self.ledger.records, record.arrived[epoch]
+            others = [held for number, held in standing.items() if records[number].arrived.get(epoch, now) < now]
+            return below_cut(value, others, self.reduction_factor, self.min_results)
+        stops = _below_cut(value, self._ascending[epoch], self.reduction_factor, self.min_results)
+        self._enter(record, epoch)
+        return stops

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hparams import Hyperparameter, Range, Value, build, declared, inherited
 from methods import find_method
@@ -26,6 +27,21 @@ class Parameter:
     declared: Hyperparameter
     fixed: Value | None
     range: Range | None
+
+    @property
+    def distribution(self) -> BaseDistribution | None:
+        """What Optuna draws it from; None where its value is fixed, or the range holds only one."""
+        drawn = self.range
+        if drawn is None:
+            return None
+        found: BaseDistribution
+        if drawn.choices:
+            found = CategoricalDistribution(drawn.choices)
+        elif self.declared.type is int:
+            found = IntDistribution(int(drawn.low), int(drawn.high), log=drawn.log)
+        else:
+            found = FloatDistribution(drawn.low, drawn.high, log=drawn.log)
+        return None if found.single() else found
 
 
 class Space:
@@ -46,6 +62,7 @@ class Space:
                     raise ValueError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
                 if flag == "set" and name in spec.range:
                     raise ValueError(f"{name} has both a value and a range; give --set or --range")
+        self.groups = self._groups()
 
     def _parameter(self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]) -> Parameter:
         own = f"{method}.{field}"
@@ -60,6 +77,23 @@ class Space:
                 searched = hyperparameter.parse_range(spec.range[key])
         used |= {field, own}
         return Parameter(field, field if shared else own, hyperparameter, None if searched else fixed, searched)
+
+    def _groups(self) -> list[tuple[frozenset[str], dict[str, BaseDistribution]]]:
+        """The parameters that are drawn, by which methods have them: first those of all methods, the method itself among
+        them. Within a group in the order of their names."""
+        owners: dict[str, set[str]] = {}
+        distributions: dict[str, BaseDistribution] = {}
+        if len(self.methods) > 1:
+            owners["method"], distributions["method"] = set(self.methods), CategoricalDistribution(self.methods)
+        for method, parameters in self.parameters.items():
+            for parameter in parameters:
+                if drawn := parameter.distribution:
+                    owners.setdefault(parameter.name, set()).add(method)
+                    distributions[parameter.name] = drawn
+        groups: dict[frozenset[str], dict[str, BaseDistribution]] = {}
+        for name in sorted(owners):
+            groups.setdefault(frozenset(owners[name]), {})[name] = distributions[name]
+        return sorted(groups.items(), key=lambda item: (-len(item[0]), min(item[1])))
 
     def _names(self) -> list[str]:
         return sorted({parameter.name for parameters in self.parameters.values() for parameter in parameters})

@@ -254,8 +254,8 @@ class Projection:
 
     def _write_table(self) -> None:
         self.noted_at = time.monotonic()
-        note = f"{markdown_table(rows(self.ledger, self.runs)[:5])}\n\n{cost_text(self.ledger)}."
-        self.client.set_tag(self.parent, "mlflow.note.content", note)
+        top = rows(self.ledger, self.runs, self.ledger.leaderboard()[:5])
+        self.client.set_tag(self.parent, "mlflow.note.content", f"{markdown_table(top)}\n\n{cost_text(self.ledger)}.")
         best = self.ledger.best()
         if best:
             self.client.set_tag(self.parent, "best_run_id", self.runs[best.number])
@@ -271,15 +271,15 @@ class Projection:
             self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
         table = json.dumps(rows(self.ledger, self.runs), indent=1)
         self.client.log_text(self.parent, table, "leaderboard.json")
-        page = plots_page(self.ledger) if best else ""
-        if page:
-            self.client.log_text(self.parent, page, "plots.html")
         for record in self.ledger.unfinished():
             self._set_status(self.runs[record.number], "SCHEDULED")
         if spent:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
+        page = plots_page(self.ledger) if best else ""  # last: drawing takes seconds, which an interruption may not leave
+        if page:
+            self.client.log_text(self.parent, page, "plots.html")
 
 
 def run_name(record: Record) -> str:
