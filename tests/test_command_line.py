@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -79,6 +80,13 @@ BAD_LAUNCHES = {
     "a parameter of a method that is not searched": (["--method", "alr,ce", "--set", "gce.q=0.5"], ["'gce.q'", "known are"]),
     "more GPUs than there are": (["--gpus-per-trial", "64"], ["64", "GPUs"]),
     "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["1.5", "whole"]),
+    "negative hours": (["--hours", "-1"], ["'-1'", "[0, inf)"]),
+    "hours that are no number": (["--hours", "2h"], ["'2h'", "a number"]),
+    "hours without end": (["--hours", "inf"], ["'inf'", "[0, inf)"]),
+    "GPU-hours without a GPU": (["--gpu-hours", "3"], ["--gpu-hours: 3", "must be 0", "--gpus-per-trial"]),
+    "a sweep that is not there to start from": (["--from", "lost"], ["'lost'", "there are: none"]),
+    "a folder that is no sweep to start from": (["--from", "/"], ["'/'", "no folder of one"]),
+    "nothing to start from": (["--from", ""], ["--from: ''"]),
     "tracking that is no address": (["--tracking", "mlruns"], ["'mlruns'", "http"]),
     "unknown flag": (["--learning-rate", "1"], ["--learning-rate"]),
 }
@@ -184,6 +192,9 @@ def test_sweep_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--trials", "0"], ["'0'"]),
         (["--trials", "2"], ["2 is not allowed", "3 trials"]),
         (["--concurrent", "-1"], ["'-1'"]),
+        (["--hours", "-0.5"], ["'-0.5'", "[0, inf)"]),
+        (["--gpu-hours", "1"], ["--gpu-hours: 1", "must be 0"]),
+        (["--from", "kept"], ["--from"]),
         (["--cpus-per-trial", "4096"], ["4096"]),
         (["--epochs", "50"], ["--epochs"]),
         (["--set", "lr=1"], ["--set"]),
@@ -288,6 +299,43 @@ def test_resume_of_a_finished_sweep_says_so(tmp_path: Path, migrated_store: Path
     command = f"python search.py resume done --storage '{storage}'"
     assert last == f"nothing was left to do: 3 of 3 trials; for more: {command} --trials N"
     assert search.main(["train", str(folder / "best_config.yaml")]) == 0
+
+
+def test_resume_says_which_budget_is_spent(tmp_path: Path, migrated_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three trials of nine ran, 1.5 seconds or more, where 0.36 were allowed."""
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    folder = make_finished_sweep(tmp_path, "short")
+    record = (folder / "sweep.yaml").read_text()
+    (folder / "sweep.yaml").write_text(record.replace("trials: 3", "trials: 9").replace("hours: 0.0", "hours: 0.0001", 1))
+    assert search.main(["resume", "short", "--storage", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    spent = re.escape("nothing was left to do: ") + r"0\.000\d+ of 0\.0001 hours" + re.escape("; for more: ")
+    assert re.fullmatch(spent + re.escape(f"python search.py resume short --storage {tmp_path} --hours N"), lines[-1])
+    assert re.match(
+        r"spent: 3 of 9 trials, 0\.000\d+ of 0\.0001 hours, 9 epochs, 0.00125 trial-hours; saved by ASHA:", lines[-2]
+    )
+
+
+def test_a_sweep_to_start_from_without_a_complete_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, "old", trials=3, epochs=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=3), keep=[0, 1, 2])
+    line = refused(capsys, "launch", "new", "--storage", tmp_path, "--from", "old")
+    assert line == "error: --from: sweep 'old' has no complete trial to start from\n"
+    (sweep.folder / "journal.log").write_text("{}\n")
+    assert "journal.log: line 1 is damaged" in refused(capsys, "launch", "new", "--storage", tmp_path, "--from", sweep.folder)
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_dry_run_says_what_is_taken_from_an_earlier_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_finished_sweep(tmp_path, "old")
+    flags = ["--method", "ce,alr", "--range", "weight_decay=0.4:0.5", "--hours", "2.5", "--epochs", "27"]
+    assert search.main(["launch", "new", "--storage", str(tmp_path), "--from", "old", "--dry-run", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "32 trials of 27 epochs, at most 2.5 hours, ASHA rungs at 3, 9" in said
+    assert "trial 0 of old is left out: its weight_decay 0.0" in said
+    assert "is outside 0.4:0.5" in said
+    assert "from old: 0 of its best 3 configurations run first" in said
+    assert os.listdir(tmp_path) == ["old"]
 
 
 def test_trials_in_progress_wait_when_no_driver_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

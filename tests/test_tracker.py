@@ -45,7 +45,9 @@ def start_sweep(storage: Path, **fields: Any) -> Sweep:
     return make_sweep(storage, **fields)
 
 
-def play(ledger: Ledger, trials: int = 6, *, keep: int = 0, between: Callable[[], None] = lambda: None) -> None:
+def play(
+    ledger: Ledger, trials: int = 6, *, keep: int = 0, gpus: float = 0.0, between: Callable[[], None] = lambda: None
+) -> None:
     """Trials two at a time, one epoch each in turn: the second diverges, the third fails, ``keep`` are left in progress;
     ``between`` is called after each epoch."""
     desk = Desk(ledger, total=trials, concurrent=2)
@@ -58,7 +60,7 @@ def play(ledger: Ledger, trials: int = 6, *, keep: int = 0, between: Callable[[]
             epoch = record.epochs + 1
             diverged, failed = record.number == 1 and epoch == 3, record.number == 2 and epoch == 2
             value = made_up(record.values, epoch)
-            more = {"test/accuracy": value / 2, "refine/drift": 0.0}
+            more = {"test/accuracy": value / 2, "refine/drift": 0.0} | ({"gpu_seconds": gpus * 0.5} if gpus else {})
             new = [] if diverged or failed else [epoch_record(epoch, value, **more)]
             if not desk.result(key, new, failure=TRACEBACK if failed else None, diverged=diverged):
                 desk.ended(key)
@@ -192,6 +194,30 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     assert "plotly" in (tmp_path / "plots.html").read_text().lower()
     (location,) = [path for path in storage.rglob("best_config.yaml") if "mlartifacts" in path.parts]
     assert location.is_relative_to(storage / "mlartifacts" / "first")
+
+
+def test_the_parent_tells_what_was_spent_and_saved(storage: Path) -> None:
+    """Half a second and a quarter GPU-second per epoch; of nine epochs each, those that ASHA's stops left out. What diverged or
+    failed spent, and saved nothing."""
+    sweep = start_sweep(storage, gpus_per_trial=0.5, gpu_hours=2.0)
+    ledger = Ledger(sweep)
+    play(ledger, gpus=0.5)
+    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    parent = read_store(storage)["parent"]
+    stopped = [record for record in ledger.records.values() if record.word == "stopped"]
+    assert stopped
+    num_epochs, num_saved = len(metric_lines(sweep)), sum(9 - record.epochs for record in stopped)
+    last = {name: history[-1][2] for name, history in parent["metrics"].items()}
+    assert (last["spent/epochs"], last["saved/epochs"]) == (num_epochs, num_saved)
+    expected = {"spent/trial_hours": num_epochs / 7200, "saved/trial_hours": num_saved / 7200}
+    expected |= {"spent/gpu_hours": num_epochs / 14400, "saved/gpu_hours": num_saved / 14400}
+    assert {name: last[name] for name in expected} == pytest.approx(expected)
+    assert 0 < last["spent/hours"] < last["spent/trial_hours"]
+    assert [step for step, _, _ in parent["metrics"]["spent/hours"]] == list(range(1, 8))
+    note = parent["links"]["mlflow.note.content"]
+    assert f"{num_epochs} epochs" in note
+    assert f"saved by ASHA: {num_saved} epochs" in note
+    assert " of 2 GPU-hours" in note
 
 
 def test_drawing_says_nothing_on_the_screen(tmp_path: Path) -> None:

@@ -48,10 +48,10 @@ class SweepSpec:
     model: str = option("", "network (default: by data set)")
     precision: str = option("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     compile: str = option("off", "on: networks are compiled; pays where a worker runs many long trials of one network")
-    trials: int = option(32, "trials that end complete or stopped early, beside other budgets, too", "[1, inf)")
+    trials: int = option(32, "trials that end complete or stopped early, also where hours or GPU-hours are given", "[1, inf)")
     hours: float = option(0.0, "hours of training after which no trial begins (default: no limit)", "[0, inf)", execution=True)
     gpu_hours: float = option(
-        0.0, "the same in hours times GPUs, summed over trials (default: no limit)", "[0, inf)", execution=True
+        0.0, "the same for hours times GPUs, summed over trials (default: no limit)", "[0, inf)", execution=True
     )
     epochs: int = option(30, "full budget of a trial", "[1, inf)")
     trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
