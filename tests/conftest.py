@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.postgres import Postgres
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="noisy-label-tests-"))
 os.environ["NOISY_LABEL_CACHE"] = str(SCRATCH / "cache")
@@ -25,6 +28,14 @@ def pytest_sessionfinish() -> None:
     import shutil
 
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real server. A test that stops it must start it again."""
+    server = Postgres()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

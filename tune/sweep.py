@@ -82,7 +82,7 @@ def launch(name: str, home: Path | Home, spec: SweepSpec, *, dry_run: bool = Fal
     if spec.address:
         executor.check_cluster(spec)
     with home.making(name) as (folder, files):
-        sweep = Sweep(folder, spec, _provenance(dataset), files)
+        sweep = Sweep(folder, spec, _provenance(dataset) | home.provenance, files)
         ledger = Ledger(sweep, create=True)
         for method in spec.method:
             params, moved = space.defaults(method, spec)
@@ -238,10 +238,15 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                         executor.run(desk, sweep.spec, interruption)
                 finally:
                     interruption.settle()
+                    if interruption.signal:
+                        sweep.files.hurry()
                     for tracker in trackers:
                         tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
         if kind == SWEEP and (best := ledger.best()):
-            sweep.files.write("best_config.yaml", best_config_text(ledger, best))
+            try:
+                sweep.files.write("best_config.yaml", best_config_text(ledger, best))
+            except OSError as error:
+                desk.problem = desk.problem or f"best_config.yaml cannot be written: {error}"
     for tracker in trackers:
         if tracker.problem:
             print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)
