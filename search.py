@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   python search.py retrain first --top 3 --seeds 5              the best configurations again, over seeds
   python search.py ui                                           the runs in MLflow's pages
 """
+LEDGER = "postgresql://USER@HOST:PORT/DATABASE instead of files in the storage (default: $NOISY_LABEL_LEDGER)"
 DOWNLOAD = "fetch the data set where it is missing (cifar10, cifar100)"
 
 
@@ -62,7 +63,8 @@ def build_parser() -> Parser:
         sub = verbs.add_parser(verb, help=help_text, description=help_text)
         if named:
             sub.add_argument("name", metavar="NAME", help="the sweep")
-        sub.add_argument("--storage", default="runs", help="folder of the sweeps (default: runs)")
+        sub.add_argument("--storage", help="folder of the sweeps (default: runs)")
+        sub.add_argument("--ledger", metavar="URL", default=os.environ.get("NOISY_LABEL_LEDGER", ""), help=LEDGER)
         return sub
 
     flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
@@ -121,16 +123,22 @@ def launch(options: argparse.Namespace) -> int:
 
     how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
     ended = sweep.launch(options.name, options.home, spec, **how)
-    if not options.dry_run:
-        show(options.name, options.home, 10)
-    return said(ended)
+    return said(ended) if options.dry_run else finish(options, ended)
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
     ended = sweep.resume(options.name, options.home, given(options))
-    show(options.name, options.home, 10)
+    return finish(options, ended)
+
+
+def finish(options: argparse.Namespace, ended: Any) -> int:
+    """The leaderboard after a run, and its last words, which come also where a database has gone."""
+    try:
+        show(options.name, options.home, 10)
+    except OSError as error:
+        print(f"warning: the leaderboard cannot be shown: {error}", file=sys.stderr)
     return said(ended)
 
 
@@ -266,9 +274,9 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
-        from tune.files import FolderHome
+        from tune.files import open_home
 
-        options.home = FolderHome(Path(options.storage).resolve())  # workers have a working directory of their own
+        options.home = open_home(options.storage, options.ledger)
         return VERBS[options.verb](options)
     except BrokenPipeError:  # the reader of our output went away
         return 0

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.postgres import Postgres
+
 if TYPE_CHECKING:
     from tests.faulty_sweep import FaultySweep
 
@@ -30,6 +32,14 @@ def pytest_sessionfinish() -> None:
     import shutil
 
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real server. A test that stops it must start it again."""
+    server = Postgres()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

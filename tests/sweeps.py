@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import optuna
+import psycopg
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+
 from hparams import Value
+from tests.postgres import dumped
 from training.experiment import EpochRecord
 from tune.desk import FINISHED, Desk
+from tune.files import FolderHome, Home, as_home
 from tune.ledger import Ledger, Record
 from tune.spec import Sweep, make_spec
 
 CREATED = 1_700_000_000.25
 
 
-def make_sweep(storage: Path, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
-    """A sweep as ``launch`` leaves it: spec and study on disk, no trial run. ``fields`` are those of the spec."""
+def make_sweep(home: Path | Home, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
+    """A sweep as ``launch`` leaves it: spec and study are kept, no trial has run. ``fields`` are those of the spec."""
+    home = as_home(home)
+    home.storage.mkdir(parents=True, exist_ok=True)
     spec = make_spec({"method": ("ce",), "model": "mlp", "trials": 4, "epochs": 4, "sampler": "random", **fields})
-    provenance = {"id": f"{name}-0123456789abcdef", "created": CREATED, "data": "0" * 64, "commit": "unknown"}
-    sweep = Sweep(storage / name, spec, provenance)
-    sweep.folder.mkdir(parents=True)
-    sweep.write()
-    ledger = Ledger(sweep, create=True)
-    if defaults_first:
-        for method in spec.method:
-            ledger.enqueue(ledger.space.defaults(method, spec)[0])
-    return sweep
+    provenance = {"id": f"{name}-0123456789abcdef", "created": CREATED, "data": "0" * 64, "commit": "unknown"} | home.provenance
+    with home.making(name) as (folder, files):
+        sweep = Sweep(folder, spec, provenance, files)
+        ledger = Ledger(sweep, create=True)
+        if defaults_first:
+            for method in spec.method:
+                ledger.enqueue(ledger.space.defaults(method, spec)[0])
+        sweep.write()
+    return Sweep(home.folder(name, provenance), spec, provenance, home.files(name))
 
 
 def epoch_record(epoch: int, objective: float, **metrics: float) -> EpochRecord:
@@ -73,6 +83,32 @@ def metric_lines(sweep: Sweep) -> list[dict[str, Any]]:
     """All of ``metrics.jsonl``, read without the code under test."""
     path = sweep.folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def kept_lines(sweep: Sweep, name: str) -> list[bytes]:
+    """The whole lines of a file of lines, in a folder or a database, read without the code under test."""
+    if isinstance(sweep.files.home, FolderHome):
+        path = sweep.folder / name
+        content = path.read_bytes() if path.exists() else b""
+        return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    query = "select line from noisy_label_lines where sweep = %s and file = %s order by number"
+    with psycopg.connect(sweep.files.home.place) as connection:
+        return [row[0].encode() + b"\n" for row in connection.execute(query, [sweep.name, name])]
+
+
+def stored_trials(sweep: Sweep, study: str = "sweep") -> list[FrozenTrial]:
+    """A study as Optuna's own backend reads it."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(kept_lines(sweep, "journal.log")))
+        file.flush()
+        storage = optuna.storages.JournalStorage(JournalFileBackend(file.name))
+        return optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+
+
+def everything(sweep: Sweep) -> tuple[Any, ...]:
+    """All that is kept of a sweep, to see whether something changed."""
+    home = sweep.files.home
+    return bytes_below(sweep.folder), *([] if isinstance(home, FolderHome) else dumped(home.place))
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

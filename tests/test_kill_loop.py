@@ -2,7 +2,7 @@
 
 The desk, the ledger, both doors to Ray Tune and the trial's own shell are the real ones; what is free is the training, and the
 executor is two slots in one process. Kills are ``os._exit`` in a forked process, so the loop runs in a fresh interpreter that
-has no threads: ``python -m tests.test_kill_loop FOLDER WAY...``.
+has no threads: ``python -m tests.test_kill_loop FOLDER LEDGER WAY...``, where LEDGER is empty or the URL of a database.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.postgres import Postgres
 
 TRIALS, EPOCHS = 4, 4
 DIVERGES, FAILS = 1, 2  # numbers of trials
@@ -30,14 +33,32 @@ WAYS = {"after": 50, "inside": 50, "lives": 100, "mixed": 30}  # and more kills 
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.test_kill_loop", str(tmp_path_factory.mktemp("killed")), *WAYS]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def in_folder(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    return killed(tmp_path_factory.mktemp("killed"), "", WAYS)
+
+
+@pytest.fixture(scope="module")
+def in_database(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> subprocess.CompletedProcess[str]:
+    return killed(tmp_path_factory.mktemp("killed"), postgres.new_database(), ["inside", "mixed"])
+
+
+def killed(storage: Path, ledger: str, ways: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.test_kill_loop", str(storage), ledger, *ways]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_kills_lose_and_double_nothing(done: subprocess.CompletedProcess[str], way: str) -> None:
+def test_kills_lose_and_double_nothing(in_folder: subprocess.CompletedProcess[str], way: str) -> None:
     """``after`` and ``inside`` every single write; ``lives`` of one to three writes, one after the other; and ``mixed``."""
+    enough(in_folder, way)
+
+
+@pytest.mark.parametrize("way", ["inside", "mixed"])
+def test_kills_with_a_ledger_in_a_database(in_database: subprocess.CompletedProcess[str], way: str) -> None:
+    enough(in_database, way)
+
+
+def enough(done: subprocess.CompletedProcess[str], way: str) -> None:
     kills = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     assert way in kills, done.stderr[-6000:]
     assert kills[way] > WAYS[way]
@@ -131,6 +152,7 @@ def run(sweep: Any) -> list[tuple[str, int]]:
 def kill_at(number: int, inside: bool) -> None:
     """From now on the process dies with its ``number``-th durable write: right after it, or with half of it on the disk."""
     from training import checkpoint
+    from tune.database import DatabaseLines
     from tune.journal import LineFile
 
     count, fsync = 0, os.fsync
@@ -145,6 +167,18 @@ def kill_at(number: int, inside: bool) -> None:
 
         return wrapper
 
+    def unanswered(write: Any) -> Any:
+        """Into a database nothing is written in halves; ``inside`` a write is before its answer, come what may of it."""
+
+        def wrapper(*arguments: Any) -> None:
+            if inside and count == number - 1:
+                threading.Thread(target=write, args=arguments, daemon=True).start()
+                time.sleep(random.uniform(0, 0.002))
+                os._exit(9)
+            write(*arguments)
+
+        return wrapper
+
     def torn(descriptor: int) -> None:
         if inside and count == number:
             end = os.fstat(descriptor).st_size
@@ -155,6 +189,7 @@ def kill_at(number: int, inside: bool) -> None:
         fsync(descriptor)
 
     LineFile.append = counted(LineFile.append)  # type: ignore[method-assign]
+    DatabaseLines.append = unanswered(counted(DatabaseLines.append))  # type: ignore[method-assign]
     checkpoint.save = counted(checkpoint.save)
     os.fsync = torn
 
@@ -189,22 +224,9 @@ def deaths(way: str) -> Iterator[Iterator[tuple[int, bool]]]:
 # -- what must hold ---------------------------------------------------------------------------------------------------
 
 
-def stored_trials(sweep: Any) -> list[Any]:
-    """The study as Optuna's own backend reads it."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep.folder / "journal.log")))
-    return optuna.load_study(study_name="sweep", storage=storage).get_trials(deepcopy=False)
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
-
-
 def check(sweep: Any, undisturbed: dict[str, Any]) -> None:
     """Everything that the kills could have broken."""
-    from tests.sweeps import bytes_below, made_up
+    from tests.sweeps import everything, kept_lines, made_up, stored_trials
     from training import checkpoint
     from tune.ledger import Ledger
     from tune.rungs import Rungs
@@ -217,7 +239,7 @@ def check(sweep: Any, undisturbed: dict[str, Any]) -> None:
     assert ("out of paper" in trials[FAILS].user_attrs["summary"].get("error", "")) == (states[FAILS] == "FAIL")
     assert trials[DIVERGES].user_attrs["summary"].get("diverged") or trials[DIVERGES].last_step < EPOCHS - 1
     recorded: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(trials))}
-    for line in whole_lines(sweep.folder / "metrics.jsonl"):
+    for line in kept_lines(sweep, "metrics.jsonl"):
         recorded[json.loads(line)["trial"]].append(json.loads(line))
     ledger = Ledger(sweep, read_only=True)
     for trial in trials:
@@ -252,19 +274,19 @@ def check(sweep: Any, undisturbed: dict[str, Any]) -> None:
         assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
         history = checkpoint.load(folder / "checkpoint.pt")["history"]
         assert [{"trial": int(name), **record} for record in history] == recorded[int(name)]
-    before = bytes_below(sweep.folder)
+    before = everything(sweep)
     assert run(sweep) == [], "nothing is left to do"
-    assert bytes_below(sweep.folder) == before
+    assert everything(sweep) == before
 
 
-def loop(storage: Path, way: str) -> None:
+def loop(home: Any, way: str) -> None:
     """Kills sweeps until one is not killed any more, and says how many kills that were."""
-    from tests.sweeps import make_sweep
+    from tests.sweeps import kept_lines, make_sweep, stored_trials
 
     fields: dict[str, Any] = {"method": ("elr", "ce"), "trials": TRIALS, "epochs": EPOCHS, "reduction_factor": 2}
     each_epoch = way in ("after", "lives")  # saved and reported; otherwise at rungs and at the end
     timing = {"checkpoint_seconds": 0.0 if each_epoch else 1e6, "report_seconds": 0.0 if each_epoch else 1e6}
-    whole = make_sweep(storage, f"{way}-undisturbed", defaults_first=True, **fields, **timing)
+    whole = make_sweep(home, f"{way}-undisturbed", defaults_first=True, **fields, **timing)
     run(whole)
     undisturbed: dict[str, Any] = {
         "params": [trial.params for trial in stored_trials(whole)],
@@ -276,13 +298,13 @@ def loop(storage: Path, way: str) -> None:
     gc.freeze()  # a collection in a forked process would copy every page
     num_kills = 0
     for number, own_deaths in enumerate(deaths(way)):
-        sweep = make_sweep(storage, f"{way}-{number}", defaults_first=True, **fields, **timing)
+        sweep = make_sweep(home, f"{way}-{number}", defaults_first=True, **fields, **timing)
         num_before = num_kills
         for writes, inside in own_deaths:
             if life(sweep, writes, inside):
                 break
             num_kills += 1
-            journal, metrics = (whole_lines(sweep.folder / name) for name in ("journal.log", "metrics.jsonl"))
+            journal, metrics = (kept_lines(sweep, name) for name in ("journal.log", "metrics.jsonl"))
             trials = stored_trials(sweep)
             finished = {trial.number for trial in trials if trial.state.is_finished()}
             running = {trial.number for trial in trials if trial.state.name == "RUNNING"}
@@ -295,8 +317,8 @@ def loop(storage: Path, way: str) -> None:
                 ended = [trial for event, trial in events if event == "ended"]
                 assert sorted(set(started)) == sorted(started)
                 assert sorted(ended) == sorted({trial.number for trial in stored_trials(sweep)} - finished)
-                assert whole_lines(sweep.folder / "journal.log")[: len(journal)] == journal
-                assert whole_lines(sweep.folder / "metrics.jsonl")[: len(metrics)] == metrics
+                assert kept_lines(sweep, "journal.log")[: len(journal)] == journal
+                assert kept_lines(sweep, "metrics.jsonl")[: len(metrics)] == metrics
             assert num_kills - num_before < 500, "no progress"
         check(sweep, undisturbed)
         if num_kills == num_before:
@@ -305,5 +327,7 @@ def loop(storage: Path, way: str) -> None:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[2:]:
-        loop(Path(sys.argv[1]), chosen)
+    from tune.files import open_home
+
+    for chosen in sys.argv[3:]:
+        loop(open_home(sys.argv[1], sys.argv[2]), chosen)

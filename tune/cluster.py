@@ -21,6 +21,7 @@ ADDRESS = re.compile(r"auto|(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 PATIENCE = 5  # seconds that a cluster gets to answer
 LOOK_SECONDS = 3.0  # between looks at the nodes
 SILENT_SECONDS = 30.0  # that no node holds a trial before it is said
+PROBE = ".probe"  # in a sweep's folder while its nodes are asked
 MAX_REFUSALS = 3  # questions that a living node may fail to answer
 
 
@@ -162,9 +163,22 @@ class Nodes:
         pinned = NodeAffinitySchedulingStrategy(key, soft=False)
         question: Any = ray.remote(why_not_here)
         ask = question.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
-        record = self.sweep.folder / "sweep.yaml"
         table = str(self.sweep.provenance.get("table", ""))
-        return ask.remote(str(record), record.read_text(), self.spec.data, self.spec.image_size, table)
+        return ask.remote(self._probe(), self.sweep.provenance["id"], self.spec.data, self.spec.image_size, table)
+
+    def _probe(self) -> str:
+        """A file in the sweep's folder that no other sweep has."""
+        probe = self.sweep.folder / PROBE
+        if not probe.exists():
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_text(self.sweep.provenance["id"])
+        return str(probe)
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self.sweep.folder / PROBE).unlink(missing_ok=True)
 
     def _hear(self, key: str, node: Mapping[str, Any]) -> None:
         import ray
@@ -183,14 +197,14 @@ class Nodes:
         self.able.add(key)
 
 
-def why_not_here(record: str, text: str, data: str, image_size: int, checksum: str) -> str:
+def why_not_here(probe: str, text: str, data: str, image_size: int, checksum: str) -> str:
     """Why no trial of a sweep can run on the node that this is called on; empty where one can.
 
-    ``record`` is the sweep's own and holds ``text``, which no other sweep has. The data are decoded into the node's cache.
+    The file ``probe`` holds ``text`` where the sweep's folder is the driver's. The data are decoded into the node's cache.
     """
-    folder = Path(record).parent
+    folder = Path(probe).parent
     try:
-        same = Path(record).read_text() == text
+        same = Path(probe).read_text() == text
     except OSError:
         same = False
     if not same:

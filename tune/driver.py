@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
 from tune.desk import Desk
-from tune.files import Flag
+from tune.files import Flag, Unreachable
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
 
@@ -38,7 +39,8 @@ class Interruption:
         self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self.request.unlink(missing_ok=True)
+        with contextlib.suppress(Unreachable):
+            self.request.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
@@ -65,6 +67,11 @@ class Interruption:
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
-            if self.request.exists():
+            try:
+                asked = self.request.exists()
+            except Unreachable as error:
+                self.desk._halt(str(error))
+                return
+            if asked:
                 _thread.interrupt_main(signal.SIGTERM)
                 return

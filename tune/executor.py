@@ -61,14 +61,15 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
         with contextlib.suppress(Interrupted):
             connect(address)
             interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
-            nodes = Nodes(desk.ledger.sweep, spec)
-            held = nodes.check() if address else capacity(spec)
             if address:
-                said = address if spec.address else f"{address} (RAY_ADDRESS)"
-                say(f"joined the Ray cluster {said}; it holds {held} trials at a time")
-                desk.concurrent = spec.concurrent or held
-                _tune(desk, spec, lambda: nodes.follow(desk, say))
+                with Nodes(desk.ledger.sweep, spec) as nodes:
+                    held = nodes.check()
+                    said = address if spec.address else f"{address} (RAY_ADDRESS)"
+                    say(f"joined the Ray cluster {said}; it holds {held} trials at a time")
+                    desk.concurrent = spec.concurrent or held
+                    _tune(desk, spec, lambda: nodes.follow(desk, say))
             else:
+                held = capacity(spec)
                 desk.concurrent = min(spec.concurrent or held, held)
                 _tune(desk, spec)
     except NotStarted as error:
@@ -137,7 +138,8 @@ def check_cluster(sweep: Sweep) -> None:
 
     try:
         connect(address_of(sweep.spec))
-        Nodes(sweep, sweep.spec).check()
+        with Nodes(sweep, sweep.spec) as nodes:
+            nodes.check()
     finally:
         ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""The small files of a sweep, and where sweeps live: in folders.
+"""The small files of a sweep, and where sweeps live: in folders, or in a database (``tune/database.py``).
 
 Everything that a sweep keeps beside its checkpoints goes by the name that it has in a folder (``metrics.jsonl``), wherever it
 is kept: append-only files of records, texts that are there whole or not at all, who runs the sweep, and the wish that it stops.
@@ -27,6 +27,10 @@ RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
 LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
 STOP_REQUEST = "stop"  # by which another process asks the driver to stop
 STALE_SECONDS = 600  # longer than any launch takes to make its folder
+
+
+class Unreachable(OSError):
+    """What holds the files is gone, and was waited for in vain; or another process has taken the sweep meanwhile."""
 
 
 class Flag(Protocol):
@@ -73,6 +77,10 @@ class SweepFiles(ABC):
     def running(self) -> bool:
         """Whether a process holds the sweep."""
 
+    @abstractmethod
+    def hurry(self) -> None:
+        """From now on what holds the files is not waited for where it is gone."""
+
     def command(self) -> str:
         """The command that goes on with what the driver does, or did last; empty where none was noted."""
         return "".join((self.read(LOCK) or "").splitlines()[1:2])
@@ -83,6 +91,11 @@ class Home(ABC):
 
     place: str
     flags: list[str]
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a sweep's record has to note, so that it is found again."""
+        return {}
 
     @property
     @abstractmethod
@@ -163,6 +176,9 @@ class FolderFiles(SweepFiles):
         with (self.folder / LOCK).open() as file:
             return not _locked(file, fcntl.LOCK_SH)
 
+    def hurry(self) -> None:
+        """A disk is not waited for."""
+
 
 def holder(command: str) -> str:
     """What the driver notes about itself."""
@@ -227,6 +243,16 @@ class FolderHome(Home):
                 raise self.taken(name) from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def open_home(storage: str | None, ledger: str) -> Home:
+    """Where sweeps live, by ``--storage`` and ``--ledger``. ValueError where that is nowhere."""
+    place = Path(storage).resolve() if storage else None  # workers have a working directory of their own
+    if ledger:
+        from tune.database import DatabaseHome
+
+        return DatabaseHome(ledger, place)
+    return FolderHome(place or Path("runs").resolve())
 
 
 def as_home(place: Path | Home) -> Home:

@@ -121,7 +121,9 @@ class Ledger:
 
     def _read(self) -> None:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
-        for trial in self.study.get_trials(deepcopy=False):
+        trials = self.study.get_trials(deepcopy=False)
+        self.num_stored = len(trials)  # those in the queue, too
+        for trial in trials:
             if trial.state is not TrialState.WAITING:
                 self._adopt(trial)
         for line in self.metrics.read():
@@ -179,6 +181,7 @@ class Ledger:
     def enqueue(self, params: dict[str, Value], attrs: dict[str, Any] | None = None) -> None:
         """Makes ``params`` one of the next trials."""
         self.study.enqueue_trial(params, user_attrs=attrs)
+        self.num_stored += 1
 
     def ask(self) -> Record:
         """The next trial: an enqueued one first, else the sampler's proposal."""
@@ -190,7 +193,7 @@ class Ledger:
     @property
     def total(self) -> int:
         """How many trials were asked for."""
-        return self.sweep.spec.trials if self.kind == SWEEP else len(self.study.get_trials(deepcopy=False))
+        return self.sweep.spec.trials if self.kind == SWEEP else self.num_stored
 
     def num_counted(self) -> int:
         """Trials that count towards the total: in a sweep a failed one is made up for, in a retraining it is not."""

@@ -92,8 +92,7 @@ def launch(
     if dry_run:
         return Ended(0)
     with home.making(name) as (folder, files):
-        sweep = Sweep(folder, spec, _provenance(dataset) | warm.provenance, files)
-        sweep.write()
+        sweep = Sweep(folder, spec, _provenance(dataset) | home.provenance | warm.provenance, files)
         if address_of(spec):
             executor.check_cluster(sweep)
         ledger = Ledger(sweep, create=True)
@@ -105,6 +104,7 @@ def launch(
                 ledger.enqueue(params)
             for line in moved:
                 print(line)
+        sweep.write()
     return execute(Sweep.find(home, name), SWEEP, command)
 
 
@@ -256,10 +256,15 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                         executor.run(desk, sweep.spec, interruption, display.line)
                 finally:
                     interruption.settle()
+                    if interruption.signal:
+                        sweep.files.hurry()
                     for tracker in trackers:
                         tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
         if kind == SWEEP and (best := ledger.best()):
-            sweep.files.write("best_config.yaml", best_config_text(ledger, best))
+            try:
+                sweep.files.write("best_config.yaml", best_config_text(ledger, best))
+            except OSError as error:
+                desk.problem = desk.problem or f"best_config.yaml cannot be written: {error}"
     for tracker in trackers:
         if tracker.problem:
             print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)

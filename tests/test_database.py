@@ -1,0 +1,531 @@
+"""A ledger in a real PostgreSQL: whole appends, one driver at a time, and a database that goes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import search
+from tests.postgres import Postgres, dumped
+from tests.sweeps import epoch_record, everything, in_child, kept_lines, made_up, make_sweep, play, stored_trials
+from tune import database as database_module
+from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
+from tune.desk import FINISHED, Desk
+from tune.driver import Interruption
+from tune.files import LOCK, Unreachable
+from tune.journal import DamagedFile
+from tune.ledger import RETRAIN, Ledger
+from tune.report import rows, sweep_lines
+from tune.spec import Sweep
+from tune.tracker import Projection, noted_runs
+
+RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
+SECRET = "correct-horse-battery"
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    return postgres.new_database()
+
+
+@pytest.fixture
+def home(url: str, tmp_path: Path) -> DatabaseHome:
+    found = DatabaseHome(url, tmp_path / "runs")
+    found.database.make_tables()
+    return found
+
+
+def elsewhere(home: DatabaseHome) -> DatabaseHome:
+    """The same place as another process sees it: over a connection of its own."""
+    return DatabaseHome(home.place, home.storage)
+
+
+def name_of(url: str) -> str:
+    return url.partition("@/")[2].partition("?")[0]
+
+
+def lines(home: DatabaseHome, name: str = "metrics.jsonl") -> DatabaseLines:
+    return home.files("first").lines(name)
+
+
+class Failing:
+    """Breaks the connection at the statements that ``when`` chooses, by their number: before they are carried out, or after,
+    so that only the answer is lost."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool], *, after: bool) -> None:
+        self.count = self.failed = 0
+        real = psycopg.Connection.execute
+
+        def execute(connection: Any, query: Any, *values: Any, **options: Any) -> Any:
+            if query not in (APPEND, database_module.WRITE):
+                return real(connection, query, *values, **options)
+            self.count += 1
+            answer = real(connection, query, *values, **options) if after or not when(self.count) else None
+            if when(self.count):
+                self.failed += 1
+                connection.close()
+                raise psycopg.OperationalError("server closed the connection unexpectedly")
+            return answer
+
+        monkeypatch.setattr(psycopg.Connection, "execute", execute)
+
+
+# -- lines and texts --------------------------------------------------------------------------------------------------
+
+
+def test_records_come_back_as_they_were_and_a_reader_goes_on(home: DatabaseHome) -> None:
+    writer, reader = lines(home), lines(elsewhere(home))
+    for record in RECORDS:
+        writer.append([record])
+        assert list(reader.read()) == [record]
+        assert list(reader.read()) == []
+    writer.append(RECORDS)
+    assert list(reader.read()) == RECORDS
+    assert (reader.line, reader.offset) == (6, 6)
+    later = lines(home)
+    later.offset = later.line = 4
+    assert list(later.read()) == RECORDS[1:]
+    assert list(lines(home, "other.jsonl").read()) == []
+
+
+def test_more_lines_than_are_read_at_a_time(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "CHUNK", 3)
+    for number in (1, 2, 3, 7):
+        lines(home).append([{"n": n} for n in range(number)])
+    assert [record["n"] for record in lines(home).read()] == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_several_writers_and_a_reader_see_whole_appends_in_order(home: DatabaseHome) -> None:
+    """There is one writer of a sweep; should there be three, nothing is lost, and a reader never has to go back."""
+
+    def many(who: int) -> None:
+        own = lines(elsewhere(home))
+        for n in range(40):
+            own.append([{"who": who, "n": n, "half": half} for half in (1, 2)])
+
+    threads = [threading.Thread(target=many, args=[who]) for who in range(3)]
+    for thread in threads:
+        thread.start()
+    reader, seen = lines(home), []
+    while any(thread.is_alive() for thread in threads):
+        seen += list(reader.read())
+        assert len(seen) % 2 == 0
+    seen += list(reader.read())
+    assert seen == list(lines(home).read())
+    for who in range(3):
+        own = [(record["n"], record["half"]) for record in seen if record["who"] == who]
+        assert own == [(n, half) for n in range(40) for half in (1, 2)]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
+def test_an_append_that_is_tried_again_is_written_once(
+    home: DatabaseHome, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    monkeypatch.setattr(database_module, "PAUSE", 0.01)
+    lines(home).append(RECORDS)
+    failing = Failing(monkeypatch, lambda count: count in (1, 2, 5), after=after)
+    for n in range(3):
+        lines(home).append([{"n": n}, {"n": n}])
+    assert failing.failed == 3
+    assert list(lines(home).read()) == [*RECORDS, *({"n": n} for n in (0, 0, 1, 1, 2, 2))]
+
+
+def test_a_line_that_is_missing_or_no_record_is_named(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+    lines(home).append(RECORDS)
+    for change in ("update noisy_label_lines set line = '[1]'", "delete from noisy_label_lines"):
+        postgres.query(f"{change} where number = 1", name_of(url))
+        read = lines(home).read()
+        assert next(read) == RECORDS[0]
+        with pytest.raises(DamagedFile, match=r"metrics.jsonl of sweep 'first' in postgresql://.*: line 2 is damaged"):
+            next(read)
+
+
+def test_texts_are_replaced_whole(home: DatabaseHome) -> None:
+    files = home.files("first")
+    assert files.read("best_config.yaml") is None
+    for text in ("a: ü\n", "b: 2\n" * 1000):
+        files.write("best_config.yaml", text)
+        assert elsewhere(home).files("first").read("best_config.yaml") == text
+    assert home.files("second").read("best_config.yaml") is None
+    files.stop_request.touch()
+    assert elsewhere(home).files("first").stop_request.exists()
+    files.stop_request.unlink()
+    assert not files.stop_request.exists()
+    files.stop_request.unlink(missing_ok=True)
+
+
+# -- one driver at a time ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_with_the_process_that_holds_it(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "LOCK_PATIENCE", 0.2)
+    other = elsewhere(home)
+    with home.files("first").lock("python search.py resume first"):
+        for refused in (other, home):  # the same process, too
+            with pytest.raises(ValueError, match=f"sweep 'first' is being run by process {os.getpid()} on "):
+                refused.files("first").lock("x").__enter__()
+        assert other.files("first").running()
+        assert other.files("first").command() == "python search.py resume first"
+        with other.files("second").lock("x"):
+            pass
+    assert not other.files("first").running()
+    assert other.files("first").command() == "python search.py resume first", "for who wants to go on"
+    with other.files("first").lock("x"):
+        assert home.files("first").running()
+
+
+def test_a_killed_driver_holds_nothing(home: DatabaseHome) -> None:
+    def die() -> None:
+        home.files("first").lock("python search.py resume first").__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    with home.files("first").lock("x"):
+        pass
+
+
+def break_connections(postgres: Postgres, url: str) -> None:
+    postgres.query(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name_of(url)}'")
+
+
+def test_a_broken_connection_is_made_anew_and_the_lock_with_it(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+    other = elsewhere(home)
+    with home.files("first").lock("x"):
+        for n in range(3):
+            break_connections(postgres, url)
+            lines(home).append([{"n": n}])
+            assert other.files("first").running()
+    assert not other.files("first").running()
+    assert [record["n"] for record in lines(home).read()] == [0, 1, 2]
+
+
+def test_a_driver_whose_sweep_was_taken_meanwhile_writes_nothing_more(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+    """Also where the other one has come and gone: what the first knows of the sweep is no longer true."""
+    sweep = make_sweep(home, trials=4)
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=4, concurrent=2)
+        assert desk.next("a") not in (None, FINISHED)
+        break_connections(postgres, url)
+        with elsewhere(home).files("first").lock("y"):
+            before = dumped(url)
+            assert desk.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
+            assert desk.next("b") == FINISHED
+        assert "the connection was lost, and since then sweep 'first' is being run by process" in desk.problem
+        with pytest.raises(Unreachable):
+            sweep.files.write("best_config.yaml", "a: 1\n")
+        assert dumped(url) == before
+    with elsewhere(home).files("first").lock("z"):
+        pass
+
+
+def test_a_driver_learns_that_its_sweep_was_taken_without_writing(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+    """Its watch for a stop request does, while trials are at work on long epochs."""
+    sweep = make_sweep(home)
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=4, concurrent=2)
+        with Interruption(desk, sweep.files.stop_request):
+            other = elsewhere(home)
+            other.names()  # it is connected
+            take_away(home, other, url, postgres)
+            assert desk.halted.wait(10)
+    assert "is being run by" in desk.problem
+
+
+def take_away(home: DatabaseHome, other: DatabaseHome, url: str, postgres: Postgres) -> None:
+    """Another driver is quicker than the first one's next look."""
+    with home.database._guard:
+        holder = f"select pid from pg_locks where locktype = 'advisory' and objid = {lock_key('first') % 2**32}"
+        postgres.query(f"select pg_terminate_backend(({holder}))", name_of(url))
+        assert other.database.take("first", "process 1 on another\nx\n")
+
+
+def test_a_stop_request_reaches_the_driver(home: DatabaseHome) -> None:
+    sweep = make_sweep(home)
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=4, concurrent=2)
+        with Interruption(desk, sweep.files.stop_request) as interruption:
+            elsewhere(home).files("first").stop_request.touch()
+            deadline = time.monotonic() + 10
+            while not interruption.signal and time.monotonic() < deadline:
+                time.sleep(0.05)
+            interruption.settle()
+            assert desk.halted.is_set()
+        assert interruption.signal == signal.SIGTERM
+    assert not sweep.files.stop_request.exists()
+
+
+# -- a sweep ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_the_same_in_a_folder_and_in_a_database(home: DatabaseHome, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"method": ("alr", "ce"), "trials": 6, "epochs": 9, "defaults_first": True}
+    there, here = make_sweep(home, **fields), make_sweep(tmp_path / "folder", **fields)
+    boards = []
+    for sweep in (there, here):
+        play(Desk(Ledger(sweep), total=6, concurrent=2))
+        boards.append(rows(Ledger(sweep, read_only=True), {}))
+    assert boards[0] == boards[1]
+    assert len(boards[0]) == 6
+    assert kept_lines(there, "metrics.jsonl") == kept_lines(here, "metrics.jsonl")
+    told = [[(t.state, t.params, t.intermediate_values, t.user_attrs) for t in stored_trials(sweep)] for sweep in (there, here)]
+    assert told[0] == told[1]
+    assert not list(there.folder.glob("*.*")), "nothing but checkpoints"
+    found = Sweep.find(DatabaseHome(home.place, None), "first")
+    assert found == there, "its storage is noted"
+    assert sweep_lines(DatabaseHome(home.place, None))[2].split()[:2] == ["first", "alr,ce"]
+
+
+def test_a_look_at_a_sweep_changes_nothing(home: DatabaseHome) -> None:
+    sweep = make_sweep(home, trials=6, epochs=9, scheduler="none")
+    with sweep.files.lock("x"):
+        play(Desk(Ledger(sweep), total=6, concurrent=2), keep={3})
+        sweep.files.lines("metrics.jsonl").append(
+            [{"trial": 3, "epoch": 2, "time": 0.0, "objective": 0.5, "metrics": {"seconds": 1.0}}]
+        )
+        before = everything(sweep)
+        ledger = Ledger(Sweep.find(elsewhere(home), "first"), read_only=True)
+        assert [row["epochs"] for row in rows(ledger, {}) if row["trial"] == 3] == [1]
+        assert everything(sweep) == before
+    assert Ledger(sweep).records[3].epochs == 2, "the next driver puts it into the study"
+
+
+def test_extended_and_retrained(home: DatabaseHome) -> None:
+    sweep = make_sweep(home, trials=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    play(Desk(Ledger(sweep), total=5, concurrent=2))
+    assert len(stored_trials(sweep)) == 5
+    best = Ledger(sweep).best()
+    assert best is not None
+    sweep.files.add_part(RETRAIN)
+    ledger = Ledger(sweep, RETRAIN, create=True)
+    ledger.enqueue(best.params, {"source": best.number, "seed": 0, "noise_draw": 1})
+    play(Desk(Ledger(sweep, RETRAIN), total=1, concurrent=2))
+    assert [t.state.name for t in stored_trials(sweep, RETRAIN)] == ["COMPLETE"]
+    assert len(kept_lines(sweep, "retrain/metrics.jsonl")) == 4
+
+
+def test_mlflow_is_a_projection_of_it(home: DatabaseHome, migrated_store: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(home, trials=3)
+    ledger = Ledger(sweep)
+    play(Desk(ledger, total=3, concurrent=2))
+    (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
+    projection = Projection(ledger, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    projection.sync()
+    noted = kept_lines(sweep, "tracker.jsonl")
+    assert noted_runs(Ledger(sweep, read_only=True)) == projection.runs
+    again = Projection(Ledger(sweep), projection.uri)
+    again.close(spent=True)
+    assert again.runs == projection.runs
+    assert kept_lines(sweep, "tracker.jsonl") == noted, "nothing was sent twice"
+
+
+def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:
+    make_sweep(home)
+    with pytest.raises(ValueError, match="sweep 'first' exists in postgresql://"):
+        make_sweep(elsewhere(home))
+    (home.storage / "second").mkdir()
+    with pytest.raises(ValueError, match="second exists and belongs to no sweep in postgresql://"):
+        make_sweep(home, "second")
+    assert home.names() == ["first"]
+
+
+def test_of_a_launch_that_was_killed_nothing_is_left(home: DatabaseHome) -> None:
+    def die() -> None:
+        Sweep.write = lambda sweep: os._exit(9)  # type: ignore[method-assign]
+        make_sweep(home, defaults_first=True)
+
+    assert in_child(die) == 9
+    assert home.names() == []
+    with pytest.raises(ValueError, match=r"no sweep 'first' in postgresql://.*; there are: none"):
+        Sweep.find(home, "first")
+    sweep = make_sweep(home, trials=2)
+    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    assert len(stored_trials(sweep)) == 2
+
+
+# -- a database that goes away ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.close()
+
+
+def check_whole(sweep: Sweep, trials: int, epochs: int) -> None:
+    stored = stored_trials(sweep)
+    assert [trial.state.name for trial in stored] == ["COMPLETE"] * trials
+    ledger = Ledger(sweep, read_only=True)
+    for trial in stored:
+        values = {epoch: made_up(ledger.records[trial.number].values, epoch) for epoch in range(1, epochs + 1)}
+        assert trial.intermediate_values == values
+    told = sorted((record["trial"], record["epoch"]) for record in sweep.files.lines("metrics.jsonl").read())
+    assert told == [(trial, epoch) for trial in range(trials) for epoch in range(1, epochs + 1)]
+
+
+def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres, tmp_path: Path) -> None:
+    """Three times, as at a crash, at any point of the desk's work: it waits, takes its lock again, and goes on."""
+    home = DatabaseHome(own_server.new_database(), tmp_path)
+    sweep = make_sweep(home, trials=40, epochs=5, scheduler="none")
+    num_restarts, over = 0, threading.Event()
+
+    def restart() -> None:
+        nonlocal num_restarts
+        while not over.wait(0.4) and num_restarts < 3:
+            own_server.stop()
+            time.sleep(0.7)
+            own_server.start()
+            num_restarts += 1
+
+    disturber = threading.Thread(target=restart)
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=40, concurrent=2)
+        disturber.start()
+        play(desk, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
+        over.set()
+        disturber.join()
+        assert DatabaseHome(home.place, None).files("first").running()
+    assert desk.problem == ""
+    assert num_restarts == 3
+    check_whole(sweep, 40, 5)
+
+
+def test_a_database_that_stays_away_stops_the_sweep(
+    own_server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "RETRY_SECONDS", 1.5)
+    sweep = make_sweep(DatabaseHome(own_server.new_database(), tmp_path), trials=3, epochs=3, scheduler="none")
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=3, concurrent=2)
+        for key in "ab":
+            assert desk.next(key) not in (None, FINISHED)
+        desk.result("a", [epoch_record(1, made_up(desk.live["a"].values, 1))], failure=None, diverged=False)
+        own_server.stop()
+        began = time.monotonic()
+        assert desk.result("a", [epoch_record(2, 0.5)], failure=None, diverged=False) is False
+        assert 1 < time.monotonic() - began < 10
+        began = time.monotonic()
+        assert desk.result("b", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
+        assert time.monotonic() - began < 1, "it is not waited for twice"
+        assert desk.problem.startswith(f"the ledger cannot be written: database {sweep.files.home.place}: ")
+        assert desk.next("c") == FINISHED
+    own_server.start()
+    sweep = Sweep.find(DatabaseHome(sweep.files.home.place, None), "first")
+    with sweep.files.lock("x"):
+        play(Desk(Ledger(sweep), total=3, concurrent=2))
+    check_whole(sweep, 3, 3)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
+def test_away_for_good_at_each_single_write(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """The sweep halts, and the next driver finds nothing lost or doubled, whether the last write was carried out or not."""
+    for number in range(1, 60):
+        sweep = make_sweep(elsewhere(home), f"away-{number}", trials=2, epochs=3, sampler="random", scheduler="none")
+        desk = Desk(Ledger(sweep), total=2, concurrent=1)
+        sweep.files.hurry()
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, lambda count, number=number: count >= number, after=after)  # type: ignore[misc]
+            play(desk)
+        if not failing.failed:
+            assert number > 20
+            return
+        assert "server closed the connection unexpectedly" in desk.problem
+        again = Sweep.find(elsewhere(home), sweep.name)
+        play(Desk(Ledger(again), total=2, concurrent=1))
+        check_whole(again, 2, 3)
+    raise AssertionError("no end")
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    code = search.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert code == 2, said
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert SECRET not in said.err + said.out
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (f"postgresql://me:{SECRET}@127.0.0.1:1/x", ["'127.0.0.1:1/x'", "holds a password", "PGPASSWORD"]),
+        (f"postgresql://127.0.0.1:1/x?user=me&password={SECRET}", ["holds a password", "PGPASSWORD"]),
+        (f"postgresql://me:{SECRET}@127.0.0.1:1/x?colour=red", ["'127.0.0.1:1/x' is not readable", "postgresql://USER@HOST"]),
+        ("mysql://me@127.0.0.1/x", ["'127.0.0.1/x' is not allowed", "postgresql://USER@HOST"]),
+        ("postgresql://me@127.0.0.1:1/x", ["database postgresql://me@127.0.0.1:1/x: ", "refused"]),
+    ],
+)
+def test_a_ledger_that_cannot_be_used(url: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("launch", "resume", "best", "retrain", "stop", "list"):
+        name = [] if verb == "list" else ["x"]
+        line = refused(capsys, verb, *name, "--ledger", url, "--storage", tmp_path / "runs")
+        for word in words:
+            assert word in line, line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_password_comes_from_the_environment_and_stays_there(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = name_of(postgres.new_database())
+    postgres.query(f"create role keeper login password '{SECRET}'; alter database {name} owner to keeper")
+    rules = postgres.folder / "pg_hba.conf"
+    rules.write_text("local all keeper scram-sha-256\n" + rules.read_text())
+    postgres.query("select pg_reload_conf()")
+    url = postgres.url(name, user="keeper")
+    line = refused(capsys, "list", "--ledger", url)
+    assert "the password comes from PGPASSWORD or ~/.pgpass" in line
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    assert "the password comes from PGPASSWORD or ~/.pgpass" in refused(capsys, "best", "x", "--ledger", url)
+    monkeypatch.setenv("PGPASSWORD", SECRET)
+    sweep = make_sweep(DatabaseHome(url, tmp_path / "runs"), trials=2)
+    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    monkeypatch.setenv("NOISY_LABEL_LEDGER", url)
+    assert search.main(["list"]) == 0
+    assert "first" in capsys.readouterr().out
+    assert SECRET not in str(everything(sweep))
+    assert SECRET not in repr(vars(sweep.files.home.database)), "not even in memory: libpq reads it"  # type: ignore[attr-defined]
+
+
+def test_commands_that_only_look_make_no_tables(url: str, postgres: Postgres, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search.main(["list", "--ledger", url]) == 0
+    assert "no sweeps in postgresql://" in capsys.readouterr().out
+    for verb in ("best", "resume", "retrain", "stop"):
+        assert "no sweep 'x' in postgresql://" in refused(capsys, verb, "x", "--ledger", url)
+    assert postgres.query("select count(*) from pg_tables where schemaname = 'public'", name_of(url)) == [(0,)]
+
+
+def test_stop_and_best_find_it_by_the_ledger_alone(
+    home: DatabaseHome, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep(home, trials=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=2), keep={1})
+    assert search.main(["best", "first", "--ledger", url]) == 0
+    assert "waiting" in capsys.readouterr().out
+    with sweep.files.lock("x"):
+        assert search.main(["best", "first", "--ledger", url]) == 0
+        assert "running" in capsys.readouterr().out
+        assert LOCK in {row[1] for row in sweep.files.home.database.select("select * from noisy_label_texts")}  # type: ignore[attr-defined]
+    assert search.main(["stop", "first", "--ledger", url]) == 0
+    assert "is not running" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+
+
+def test_urls_that_are_good() -> None:
+    for url in ("postgresql://me@host:5432/db", "postgres://host/db", "postgresql://a@h1:1,h2:2/db?sslmode=require"):
+        assert check_url(url) == url
+        assert Database(url).url == url
