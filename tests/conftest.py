@@ -22,6 +22,7 @@ os.environ["NOISY_LABEL_CACHE"] = str(SCRATCH / "cache")
 (SCRATCH / "ray-token").write_text(secrets.token_hex(32))
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(SCRATCH / "ray-token")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)  # tests say where they run
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

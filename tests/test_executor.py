@@ -9,9 +9,9 @@ import pytest
 
 from tests.sweeps import make_sweep
 from tune import executor
+from tune.cluster import capacity, how_many
 from tune.desk import Desk
 from tune.driver import Interruption
-from tune.executor import capacity, how_many
 from tune.ledger import Ledger
 from tune.spec import make_spec
 
@@ -60,5 +60,5 @@ def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monke
     sweep = make_sweep(tmp_path)
     desk = Desk(Ledger(sweep), total=4, concurrent=0)
     with Interruption(desk, sweep.folder / "stop") as interruption:
-        executor.run(desk, sweep.spec, interruption)
+        executor.run(desk, sweep.spec, interruption, print)
     assert desk.problem == "Ray did not start: The current node timed out during startup."

@@ -195,7 +195,7 @@ with Interruption(desk, sweep.folder / "stop") as interruption:
     if sys.argv[2] == "early":
         threading.Timer(float(sys.argv[3]), terminate).start()
     with suppress(Interrupted):  # where Ray is so slow that the grace ends first
-        executor.run(desk, sweep.spec, interruption)
+        executor.run(desk, sweep.spec, interruption, print)
     if sys.argv[2] == "late":
         terminate()
     time.sleep(0.1)

@@ -25,6 +25,18 @@ class LedgerScheduler(FIFOScheduler):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its scheduler into its folder; nothing of ours belongs there
 
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """The newest trial that waits. Tune gives it an actor that has just become free, and the older ones keep those that are
+        starting for them: given to the oldest instead, each trial that ends would break off the start of an actor, and where
+        trials end faster than actors start, a node that is new would never be used."""
+        waiting = {trial.trial_id: trial for trial in tune_controller.get_live_trials() if trial.status == TuneTrial.PENDING}
+        if self.desk.halted.is_set():
+            for trial in waiting.values():  # a place for it may never come, and Tune would wait
+                trial.init_local_path()  # Tune's summary at the end asks for the folder, also of one that it has just been given
+                tune_controller.stop_trial(trial)
+            return None
+        return next((waiting[key] for key in reversed(self.desk.live) if key in waiting), None)
+
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         keep = self.desk.result(
             trial.trial_id,

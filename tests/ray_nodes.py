@@ -1,0 +1,65 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own: it leaves its address where ``auto`` looks for one.
+
+``python -m tests.ray_nodes '{"num_cpus": 0}'`` starts a head and prints its address, then obeys lines: ``add CPUS``, ``kill``
+(the oldest node, without a word to it). It ends the cluster with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RayNodes:
+    """The cluster as a test sees it. Its nodes ask for the token of the test's environment."""
+
+    def __init__(self, **head: Any) -> None:
+        command = [sys.executable, "-m", "tests.ray_nodes", json.dumps(head)]
+        env = os.environ | {"RAY_AUTH_MODE": "token"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe)
+        self.address = self._answer()
+
+    def tell(self, *words: object) -> None:
+        """Does what the words say, and returns when it is done."""
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("done "):
+                return line.split()[1]
+        raise AssertionError("the cluster's process has ended")
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def main() -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+    nodes = []
+    print("done", cluster.address, flush=True)
+    for line in sys.stdin:
+        what, *cpus = line.split()
+        if what == "add":
+            nodes.append(cluster.add_node(num_cpus=int(cpus[0])))
+        elif what == "kill":
+            cluster.remove_node(nodes.pop(0), allow_graceful=False)
+        print("done", what, flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
