@@ -12,7 +12,7 @@ from typing import Any
 
 from data.folders import cache_folder, data_folder
 from tune.desk import Desk
-from tune.driver import Interrupted, Interruption
+from tune.driver import Interruption
 from tune.spec import SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption) -> None:
     import ray
 
     try:
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             connect(spec.address)
             interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
             held = capacity(spec)

@@ -26,7 +26,7 @@ from tune import executor
 from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
 from tune.desk import Desk
 from tune.display import Display
-from tune.driver import STOP_REQUEST, Interrupted, Interruption, driver_alive, driver_command, driver_lock
+from tune.driver import STOP_REQUEST, Interruption, driver_alive, driver_command, driver_lock
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
@@ -245,14 +245,14 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
             trackers = [Tracker(ledger, uri)]
             if kind == SWEEP and (sweep.folder / RETRAIN / "metrics.jsonl").exists():  # its runs may be missing, too
                 trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
-            with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(Interrupted):
+            with Interruption(desk, sweep.folder / STOP_REQUEST) as interruption, contextlib.suppress(KeyboardInterrupt):
                 try:
                     if not idle:
                         executor.run(desk, sweep.spec, interruption)
                 finally:
                     interruption.settle()
                     for tracker in trackers:
-                        tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
+                        tracker.close(spent=tracker.ledger.spent, within=interruption.left())
         if kind == SWEEP and (best := ledger.best()):
             write_whole(sweep.folder / "best_config.yaml", best_config_text(ledger, best))
     for tracker in trackers:
