@@ -165,7 +165,7 @@ def test_sweep_that_does_not_exist(verb: str, tmp_path: Path, capsys: pytest.Cap
     [
         ("sqlite:", ["'sqlite:'", "sqlite:///FILE"]),
         ("sqlite:////nowhere/at/all/x.db", ["/nowhere/at/all", "cannot be written"]),
-        ("postgresql+nodriver://user:secret@127.0.0.1:1/x", ["127.0.0.1:1/x", "cannot be opened"]),
+        ("postgresql+nodriver://user@127.0.0.1:1/x", ["127.0.0.1:1/x", "cannot be opened"]),
     ],
 )
 def test_tracking_database_that_cannot_be_opened(

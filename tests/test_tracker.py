@@ -412,7 +412,7 @@ def test_a_store_that_fails_at_random_loses_and_doubles_nothing(
     monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)  # its thread rests
     tracker = Tracker(ledger, tracking_uri(storage, ""))
     with monkeypatch.context() as patch:
-        flaky = Flaky(patch, seed, rate=0.15)
+        flaky = Flaky(patch, seed, rate=0.2)
         num_attempts = 1
         while not tracker._attempt(lambda projection: projection.close(spent=True)):
             assert tracker.problem.endswith("carried out")

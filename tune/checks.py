@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def num_gpus() -> int:
 
 
 def absolute(uri: str) -> str:
-    """A tracking URI that means the same from any working directory."""
+    """A tracking URI that means the same from any working directory. ValueError where it holds a password: it is stored."""
+    parts = urllib.parse.urlsplit(uri)
+    if parts.password or "password=" in parts.query:
+        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise ValueError(
+            f"--tracking: a password in a URL is not allowed; give {place!r} and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL"
+        )
     path = uri.removeprefix("sqlite:///")
     return f"sqlite:///{Path(path).resolve()}" if path != uri and path else uri
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import math
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,10 +15,12 @@ from tune.desk import Desk
 from tune.files import Flag, Unreachable
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
+STOP_SECONDS = 10.0  # from Ctrl-C to the last line
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, and the epochs in progress did not end in time."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, and the epochs in progress did not end in time. Ray's core lets no other kind of exception out of a
+    signal handler, and turns this one into a plain KeyboardInterrupt."""
 
 
 class Interruption:
@@ -26,6 +30,7 @@ class Interruption:
         self.desk = desk
         self.request = request
         self.signal = 0
+        self.since = 0.0  # when the signal came
         self._over = threading.Event()
 
     def __enter__(self) -> Interruption:
@@ -45,7 +50,7 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
             raise Interrupted
-        self.signal = number
+        self.signal, self.since = number, time.monotonic()
         self.desk.halted.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
@@ -61,6 +66,10 @@ class Interruption:
     def settle(self) -> None:
         """The trials have stopped: what is left to do is not broken off, but by a second signal."""
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def left(self) -> float:
+        """Seconds that MLflow may yet take, half a second at least: without a signal as many as it needs."""
+        return max(0.5, STOP_SECONDS - 0.5 - (time.monotonic() - self.since)) if self.signal else math.inf
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted

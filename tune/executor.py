@@ -14,7 +14,7 @@ from typing import Any
 
 from tune.cluster import Nodes, address_of, capacity, check_answers
 from tune.desk import Desk
-from tune.driver import Interrupted, Interruption
+from tune.driver import Interruption
 from tune.spec import Sweep, SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
     import ray
 
     try:
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             connect(address)
             interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
             if address:

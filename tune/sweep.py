@@ -25,7 +25,7 @@ from tune.checks import absolute, check_compiler, check_network, check_resources
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
-from tune.driver import Interrupted, Interruption
+from tune.driver import Interruption
 from tune.files import Home, as_home
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
@@ -250,7 +250,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
             trackers = [Tracker(ledger, uri)]
             if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
                 trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
-            with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(Interrupted):
+            with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(KeyboardInterrupt):
                 try:
                     if not idle:
                         executor.run(desk, sweep.spec, interruption, display.line)
@@ -259,7 +259,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     if interruption.signal:
                         sweep.files.hurry()
                     for tracker in trackers:
-                        tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
+                        tracker.close(spent=tracker.ledger.spent, within=interruption.left())
         if kind == SWEEP and (best := ledger.best()):
             try:
                 sweep.files.write("best_config.yaml", best_config_text(ledger, best))

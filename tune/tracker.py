@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -265,19 +266,19 @@ class Projection:
         """The last word: artifacts on the parent, and no run left RUNNING. ``spent``: the budget is used up; otherwise the
         sweep and its unfinished trials wait (SCHEDULED) for a resume."""
         self.sync()
-        self._write_table()
-        best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
-        if best:
-            self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
-        table = json.dumps(rows(self.ledger, self.runs), indent=1)
-        self.client.log_text(self.parent, table, "leaderboard.json")
         for record in self.ledger.unfinished():
             self._set_status(self.runs[record.number], "SCHEDULED")
         if spent:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
-        page = plots_page(self.ledger) if best else ""  # last: drawing takes seconds, which an interruption may not leave
+        self._write_table()  # from here on it is the pages that take their time
+        best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
+        if best:
+            self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
+        table = json.dumps(rows(self.ledger, self.runs), indent=1)
+        self.client.log_text(self.parent, table, "leaderboard.json")
+        page = plots_page(self.ledger) if best else ""
         if page:
             self.client.log_text(self.parent, page, "plots.html")
 
@@ -325,14 +326,19 @@ class Tracker:
     def _answered(self) -> None:
         self._answered_at = time.monotonic()
 
-    def close(self, *, spent: bool, patience: float = 30.0) -> None:
+    def close(self, *, spent: bool, patience: float = 30.0, within: float = math.inf) -> None:
         """Sends the rest, for as long as the store answers; ``problem`` says what stood in the way, if anything did. It gives
-        up when calls have failed for ``patience`` seconds, or one has not come back for as long."""
-        self._spent, self._deadline = spent, time.monotonic() + patience
+        up when calls have failed for ``patience`` seconds, or one has not come back for as long, or ``within`` are over."""
+        began = time.monotonic()
+        patience = min(patience, within)
+        self._spent, self._deadline = spent, began + patience
         self._answered()
         self._stop.set()
         while self._thread.is_alive():
             self._thread.join(0.05)
             if time.monotonic() > self._answered_at + patience:
-                self.problem = self.problem or f"no answer for {patience:g} s"
+                self.problem = self.problem or f"no answer for {patience:.3g} s"
+                return
+            if time.monotonic() > began + within:
+                self.problem = self.problem or "it had no time to be brought up to date"
                 return
