@@ -120,7 +120,9 @@ def test_every_parameter_is_in_one_group(methods: tuple[str, ...]) -> None:
 
 def test_a_distribution_is_what_the_suggestion_draws_from() -> None:
     """What the sampler is told about a parameter is what the study stores with its value, for every method."""
-    space = Space(make_spec({"method": ("all",), "trusted": 20, "range": {"batch_size": "32:256", "augmentation": "none,weak"}}))
+    space = Space(
+        make_spec({"method": ("all",), "trusted": 20, "range": {"batch_size": "32:256", "augmentation": "none,weak"}})
+    )
     known: dict[str, Any] = {name: drawn for _, group in space.groups for name, drawn in group.items()}
     study = optuna.create_study(direction="maximize")
     for method in space.methods:

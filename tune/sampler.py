@@ -26,9 +26,7 @@ class GroupedTPE(optuna.samplers.TPESampler):
         super().__init__(seed=seed, multivariate=True, constant_liar=True)
         self.space = space
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: optuna.trial.FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, BaseDistribution]:
         return {name: drawn for _, group in self.space.groups for name, drawn in group.items()}
 
     def sample_relative(
