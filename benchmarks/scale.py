@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     def megabytes(row: dict[str, Any], name: str) -> str:
         return f"{row['storage'][name] / 1e6:.1f}" if name in row["storage"] else "-"
 
-    lines = {
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "driver per result, ms of processor (wall)": lambda row: times(row, "result"),
         "driver per suggestion, ms": lambda row: times(row, "suggestion"),
         "tracker per trial, ms": lambda row: times(row, "tracker"),
