@@ -5,7 +5,7 @@
 Each sampler searches the space of ``--method all`` (or of ``--methods``), four trials at a time, defaults first. The objective
 is made up, another one for each seed: a method has a best value, which the methods differ in, and loses from it by the squared
 distance of each of its parameters from an optimum; that of a parameter that methods share is nearly the same for all of them.
-What is observed has noise, as validation accuracy has; what is reported is the value without noise of the best that was observed.
+What is observed has noise, as validation accuracy has; reported is the value without noise of the best that was observed.
 Then the time of one proposal, as processor time, in a study that holds so many trials. No trial is run and no ledger written.
 """
 

@@ -4,20 +4,22 @@
 
 The desk, the ledger on disk, the sampler, the display and the projection into MLflow are the real ones. What is free is the
 training: a trial's epochs are made up, with the metrics of an ALR trial, and come in results as a trial reports them, up to its
-next rung. Ray is left out: what its loop costs is in ``sweep_overhead.py``. At each mark stand, over the last trials before it:
+next rung. Ray is left out: what its loop costs is in ``sweep_overhead.py``. Up to the last hundred trials before a mark
+configurations are drawn at random, which is faster; over those hundred TPE proposes, and these stand at the mark:
 
 - the driver's time per result (recording, judging, ending a trial, the line on the screen) and per suggestion (proposal and
   what an actor needs), as processor time and as wall time, which on a shared machine and a slow disk is larger;
 - one look of the tracker at the ledger per 100 trials, per trial; and a look that finds nothing new;
 - the driver's memory, and the files and bytes in the storage;
-- the commands ``best`` and ``resume`` (with nothing left to do, which still opens the ledger and brings MLflow's parent run up to
-  date, plots included) in processes of their own, from start to end, and how much of it is opening the ledger.
+- what opening the ledger costs, and the commands ``best`` and ``resume`` from start to end, in processes of their own. With
+  nothing left to do, ``resume`` still opens the ledger and brings MLflow's parent run up to date, plots included.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +127,13 @@ def grow(desk: Desk, free: Free, total: int, watch: Watch, projection: Projectio
 
 
 def command(*words: str) -> dict[str, float]:
-    """A command of ``search.py`` from start to end: seconds, processor seconds, and its memory at most."""
+    """A command of ``search.py`` from start to end: seconds, and processor seconds."""
     with open(os.devnull, "w") as nowhere:
         began = time.perf_counter()
         process = subprocess.Popen([sys.executable, str(ROOT / "search.py"), *words], stdout=nowhere)
         _, status, used = os.wait4(process.pid, 0)
     assert status == 0, words
-    return {
-        "wall": time.perf_counter() - began,
-        "processor": used.ru_utime + used.ru_stime,
-        "megabytes": used.ru_maxrss / 1024,
-    }
+    return {"wall": time.perf_counter() - began, "processor": used.ru_utime + used.ru_stime}
 
 
 def contents(storage: Path) -> dict[str, Any]:
@@ -160,13 +158,9 @@ def at_mark(sweep: Sweep, number: int, watch: Watch, projection: Projection | No
             projection.sync()
     row |= {what: watch.milliseconds(what) for what in watch.taken}
     row["storage"] = contents(sweep.storage)
-    for what, make in (
-        ("reopened", lambda: Ledger(sweep)),
-        ("desk", lambda: Desk(Ledger(sweep), total=number, concurrent=SLOTS)),
-    ):
-        began = time.process_time()
-        make()
-        row[what] = time.process_time() - began
+    began = time.process_time()
+    Ledger(sweep, read_only=True)
+    row["reopened"] = time.process_time() - began
     place = ("--storage", str(sweep.storage))
     row["best"] = command("best", NAME, *place)
     if projection:
@@ -189,8 +183,9 @@ def measured(options: argparse.Namespace, storage: Path) -> Iterator[dict[str, A
         desk = Desk(ledger, total=0, concurrent=SLOTS, on_event=display.event)
         free = Free(ledger)
         for mark in marks:
+            ledger.sweep = dataclasses.replace(sweep, spec=dataclasses.replace(spec, sampler="random"))
             grow(desk, free, max(1, mark - WINDOW), Watch(), projection)
-            watch = Watch()
+            ledger.sweep, watch = sweep, Watch()
             grow(desk, free, mark, watch, projection)
             Sweep(sweep.folder, make_spec({**vars(spec), "trials": mark}), provenance).write()
             yield at_mark(sweep, mark, watch, projection)
@@ -221,14 +216,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{row[what]['processor']:.1f} ({row[what]['wall']:.1f})" if what in row else "-"
 
     def seconds(row: dict[str, Any], what: str) -> str:
-        return (
-            f"{row[what]['processor']:.1f} ({row[what]['wall']:.1f}), {row[what]['megabytes']:.0f} MB" if what in row else "-"
-        )
+        return f"{row[what]['processor']:.1f} ({row[what]['wall']:.1f})" if what in row else "-"
 
     def megabytes(row: dict[str, Any], name: str) -> str:
         return f"{row['storage'][name] / 1e6:.1f}" if name in row["storage"] else "-"
 
-    lines = {
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
         "driver per result, ms of processor (wall)": lambda row: times(row, "result"),
         "driver per suggestion, ms": lambda row: times(row, "suggestion"),
         "tracker per trial, ms": lambda row: times(row, "tracker"),
@@ -239,7 +232,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "`mlflow.db`, MB": lambda row: megabytes(row, "mlflow.db"),
         "files, folders in the storage": lambda row: f"{row['storage']['files']}, {row['storage']['folders']}",
         "ledger reopened, s of processor": lambda row: f"{row['reopened']:.2f}",
-        "`best`, s of processor (wall), memory": lambda row: seconds(row, "best"),
+        "`best`, s of processor (wall)": lambda row: seconds(row, "best"),
         "`resume` with nothing left to do": lambda row: seconds(row, "resume"),
     }
     out = ["| | " + " | ".join(f"{row['trials']:,} trials" for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]

@@ -106,11 +106,11 @@ def assert_whole(folder: Path, rows: list[dict[str, Any]], trials: int) -> None:
         assert recorded[row["trial"]] == list(range(1, row["epochs"] + 1)), row
 
 
-def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]]) -> None:
+def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]], uri: str = "") -> None:
     """MLflow holds one parent, and of each trial one run with each step once, and nothing is left RUNNING."""
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=uri or f"sqlite:///{storage / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], "tags.study = 'sweep'", max_results=1000)

@@ -168,7 +168,7 @@ def test_cuts_worked_by_hand() -> None:
 
 
 def test_the_cut_is_numpys_percentile_bit_for_bit() -> None:
-    """Between two values, on one, among equal ones, for any number of results: on the cut a trial goes on, just below it ends."""
+    """Between two values, on one, among equal ones: on the cut a trial goes on, just below it it ends."""
     stream = random.Random(0)
     for _ in range(2000):
         factor, num_others = stream.randint(2, 9), stream.randint(1, 40)

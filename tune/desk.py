@@ -192,17 +192,23 @@ class Desk:
             dropped, self.top = self.top[KEPT_CHECKPOINTS:], self.top[:KEPT_CHECKPOINTS]
         for unneeded in dropped:
             shutil.rmtree(self.ledger.checkpoints / str(unneeded.number), ignore_errors=True)
+        self._drop_halves(record)
         self.on_event("ended", record)
+
+    def _drop_halves(self, record: Record) -> None:
+        """Removes what processes of the trial that were killed while they saved it have left."""
+        for half in (self.ledger.checkpoints / str(record.number)).glob(".*"):
+            half.unlink(missing_ok=True)
 
     def _drop_stray_checkpoints(self) -> None:
         """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""
-        kept = {str(record.number) for record in [*self.ledger.unfinished(), *self.top]}
+        kept = {str(record.number): record for record in [*self.ledger.unfinished(), *self.top]}
         if self.ledger.checkpoints.is_dir():
             for folder in self.ledger.checkpoints.iterdir():
                 if folder.name not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
-                for half in folder.glob(".*"):
-                    half.unlink(missing_ok=True)
+        for record in kept.values():
+            self._drop_halves(record)
 
     def _halt(self, problem: str) -> Finished:
         self.problem = self.problem or problem

@@ -1,0 +1,290 @@
+"""Drivers, workers and the MLflow server killed at random moments of one sweep, which is resumed each time.
+
+Then everything is compared with what nobody disturbed: each trial's recipe, trained again in this process from its first epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import yaml
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tests.sweep_process import (
+    PATIENCE,
+    assert_projected,
+    assert_whole,
+    board,
+    end_all,
+    metric_lines,
+    start,
+    workers,
+)
+from training import checkpoint
+from training.experiment import Experiment
+from tune.ledger import Ledger
+from tune.recipes import of_trial
+from tune.spec import KEPT_CHECKPOINTS, Sweep
+
+SPEC = {"epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "concurrent": 2, "reduction_factor": 2}
+MARK = "NOISY_LABEL_CHAOS"  # in the environment of every process that a driver of ours starts
+TIMED = {"seconds", "samples_per_second"}  # metrics that no replay repeats
+OURS_SECONDS, RAYS_SECONDS = 10, 180  # after the end of the sweep
+
+
+class Server:
+    """A real MLflow server on this machine, over a database that outlives it."""
+
+    def __init__(self, storage: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{storage / 'mlflow.db'}"]
+        self.command += ["--artifacts-destination", str(storage / "mlartifacts")]
+        self.environment = {key: value for key, value in os.environ.items() if key != MARK}
+        self.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        """In a session of its own, so that its children end with it."""
+        with open(os.devnull, "w") as nowhere:
+            self.process = subprocess.Popen(
+                self.command, stdout=nowhere, stderr=nowhere, env=self.environment, start_new_session=True
+            )
+        deadline = time.monotonic() + PATIENCE
+        while wait and not self.answers():
+            assert time.monotonic() < deadline, "the MLflow server did not start"
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@dataclass
+class Chaos:
+    """One sweep, its driver, and what was done to it."""
+
+    storage: Path
+    log: Path
+    server: Server
+    stream: random.Random
+    driver: subprocess.Popen[str] | None = None
+    kills: Counter[str] = field(default_factory=Counter)
+    repeated: int = 0  # epochs that stood in the metrics, but in no checkpoint, when their process was killed
+    seconds_lost: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # until an epoch is recorded again
+
+    @property
+    def folder(self) -> Path:
+        return self.storage / "chaos"
+
+    def run(self, *arguments: object) -> None:
+        self.driver = start(self.log, *arguments, "--storage", self.storage)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits while the driver runs. Where Ray did not come up in time, on a busy machine, the sweep is resumed."""
+        assert self.driver
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if self.driver.poll() == 1 and "Ray did not start" in self.log.read_text():
+                self.run("resume", "chaos")
+                deadline = time.monotonic() + PATIENCE
+            assert self.driver.poll() is None, f"the driver ended with {self.driver.returncode}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def epochs_more(self, number: int) -> Callable[[], bool]:
+        goal = len(metric_lines(self.folder)) + number
+        return lambda: len(metric_lines(self.folder)) >= goal
+
+    def recorded(self) -> Counter[int]:
+        """By trial, how many epochs are recorded."""
+        return Counter(line["trial"] for line in metric_lines(self.folder))
+
+    def behind(self) -> Counter[int]:
+        """By running trial, the epochs that are recorded, but not yet in its checkpoint."""
+        recorded, missing = self.recorded(), Counter[int]()
+        for row in board(self.storage, "chaos"):
+            if row["state"] == "running":
+                path = self.folder / "checkpoints" / str(row["trial"]) / "checkpoint.pt"
+                saved = len(checkpoint.load(path)["history"]) if path.exists() else 0
+                missing[row["trial"]] = max(0, recorded[row["trial"]] - saved)
+        return missing
+
+    def lost(self) -> list[int]:
+        """Trials of which the driver has said that they lost their process, in that order."""
+        return [int(number) for number in re.findall(r"trial (\d+) \S* ?lost its process", self.log.read_text())]
+
+    def kill(self, kind: str) -> None:
+        """One kill, and what a user would do about it."""
+        assert self.driver
+        driver, began = self.driver, time.monotonic()
+        if kind == "driver":
+            driver.kill()
+            driver.wait()
+            self.repeated += self.behind().total()
+            self.run("resume", "chaos")
+            self.until(self.epochs_more(1))
+        elif kind == "worker":
+            self.until(lambda: bool(workers(driver.pid)))
+            behind, recorded, num_before, others = self.behind(), self.recorded(), len(self.lost()), self.epochs_more(10)
+            self.stream.choice(workers(driver.pid)).kill()
+            self.until(lambda: len(self.lost()) > num_before or others())  # or that worker had no trial just then
+            for hit in self.lost()[num_before:]:
+                self.repeated += behind[hit]
+                self.until(lambda: self.recorded()[hit] > recorded[hit])  # noqa: B023  called here
+        else:
+            self.server.kill()
+        self.kills[kind] += 1
+        self.seconds_lost[kind].append(time.monotonic() - began)
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A name that every process which a driver of this test starts carries in its environment."""
+    name = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, name)
+    yield name
+    end_all()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes that a driver of this test has started, and the drivers."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """A driver, or a worker in which trials ran; the rest are Ray's own."""
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return "search.py" in words or words.startswith("ray::") or "default_worker.py" in words
+
+
+def assert_gone(mark: str, began: float) -> None:
+    """No process of ours some seconds after the end, and none of Ray's some minutes after it."""
+    for seconds, what in ((OURS_SECONDS, is_ours), (RAYS_SECONDS, lambda process: True)):
+        while left := [process for process in marked(mark) if what(process)]:
+            assert time.monotonic() < began + seconds, left
+            time.sleep(0.2)
+
+
+def assert_undisturbed(storage: Path) -> None:
+    """Each trial's recipe, trained here in one go, has the very metrics that were recorded through all kills."""
+    ledger = Ledger(Sweep.find(storage, "chaos"), read_only=True)
+    recorded: dict[int, list[dict[str, object]]] = {}
+    for line in metric_lines(storage / "chaos"):
+        recorded.setdefault(line["trial"], []).append(line)
+    for number, lines in recorded.items():
+        experiment = Experiment(of_trial(ledger, ledger.records[number]), rungs=ledger.sweep.spec.rungs())
+        for line in lines:
+            record = experiment.advance()
+            assert (line["epoch"], line["objective"]) == (record.epoch, record.objective), number
+            metrics = dict(line["metrics"])  # type: ignore[call-overload]
+            assert {k: v for k, v in metrics.items() if k not in TIMED} == {
+                k: v for k, v in record.metrics.items() if k not in TIMED
+            }, (number, record.epoch)
+
+
+def assert_nothing_left(storage: Path) -> None:
+    """In the study no trial is RUNNING; on disk are the best few trials' checkpoints and no other file than a sweep has."""
+    backend = optuna.storages.JournalStorage(JournalFileBackend(str(storage / "chaos" / "journal.log")))
+    trials = optuna.load_study(study_name="sweep", storage=backend).get_trials(deepcopy=False)
+    assert all(trial.state.is_finished() for trial in trials)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    best = sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:KEPT_CHECKPOINTS]
+    held = {str(path.relative_to(storage / "chaos" / "checkpoints")) for path in (storage / "chaos" / "checkpoints").rglob("*")}
+    names = {str(trial.number) for trial in best}
+    assert held == names | {f"{name}/checkpoint.pt" for name in names}
+    files = {path.name for path in (storage / "chaos").iterdir()} - {"checkpoints"}
+    assert files == {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "best_config.yaml"}
+    assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
+
+
+def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int) -> Chaos:
+    """A sweep through all its kills to its end, and everything that must hold then."""
+    storage = tmp_path / "runs"
+    storage.mkdir()
+    shutil.copy(migrated_store, storage / "mlflow.db")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(SPEC | {"trials": trials}))
+    server, stream = Server(storage), random.Random(seed)
+    server.start()
+    try:
+        state = Chaos(storage, tmp_path / "log", server, stream)
+        state.run("launch", "chaos", "--spec", spec, "--tracking", server.uri)
+        state.until(lambda: state.folder.exists() and bool(metric_lines(state.folder)))
+        for kind in kills:
+            state.until(state.epochs_more(stream.randint(1, 6)))
+            time.sleep(stream.random() / 5)
+            if server.process is None:
+                server.start(wait=False)  # back again when something else is killed
+            state.kill(kind)
+        if server.process is None:
+            server.start()
+        assert state.driver
+        assert state.driver.wait(PATIENCE * 4) == 0, state.log.read_text()
+        ended = time.monotonic()
+        rows = board(storage, "chaos")
+        assert_whole(state.folder, rows, trials)
+        assert_projected(storage, "chaos", rows, uri=server.uri)
+        assert_nothing_left(storage)
+        assert_gone(mark, ended)
+        assert_undisturbed(storage)
+    finally:
+        server.kill()
+    return state
+
+
+def test_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
+    state = survive(tmp_path, migrated_store, mark, ["worker", "server", "driver", "worker"], trials=8, seed=0)
+    assert state.kills == {"worker": 2, "driver": 1, "server": 1}
+
+
+@pytest.mark.slow
+def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
+    """Prints its figures: with ``-s`` they are seen."""
+    stream = random.Random(1)
+    kills = ["driver"] * 8 + ["worker"] * 10 + ["server"] * 6
+    stream.shuffle(kills)
+    state = survive(tmp_path, migrated_store, mark, kills, trials=60, seed=1)
+    assert state.kills == {"worker": 10, "driver": 8, "server": 6}
+    print(f"\nkills: {dict(state.kills)}; epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
+    for kind, seconds in state.seconds_lost.items():
+        print(f"{kind}: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")

@@ -1,0 +1,79 @@
+"""What a sweep leaves on disk does not grow with its trials but for the lines in its files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from tests.sweeps import epoch_record, make_sweep
+from tune.desk import FINISHED, Desk
+from tune.ledger import Ledger, Record
+from tune.spec import KEPT_CHECKPOINTS, Sweep
+
+SLOTS = 3
+
+
+def below(folder: Path) -> set[str]:
+    """Every file and every folder, by its relative path."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def run(sweep: Sweep, total: int, stream: random.Random) -> Ledger:
+    """Runs a sweep up to ``total`` trials through drivers that die at random; trials save themselves when they please, are
+    stopped, diverge, fail and lose their process. Returns the ledger of the last driver, which ended the sweep."""
+    while True:
+        desk = Desk(Ledger(sweep), total=total, concurrent=SLOTS)
+        for number in range(10**6):
+            given = desk.next(f"{number}")
+            if given == FINISHED:
+                return desk.ledger
+            if isinstance(given, Record) and stream.random() < 0.9:  # else it dies before its first checkpoint
+                folder = desk.ledger.checkpoints / str(given.number)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "checkpoint.pt").write_bytes(b"state")
+                if stream.random() < 0.5:  # killed while it was writing, in another process
+                    (folder / f".checkpoint.pt.{number}").write_bytes(b"st")
+            if stream.random() < 0.02:
+                break  # the driver is killed
+            key = stream.choice(list(desk.live))
+            record, luck = desk.live[key], stream.random()
+            held = {path.name for path in desk.ledger.checkpoints.glob("*")}
+            assert held <= {str(other.number) for other in [*desk.ledger.unfinished(), *desk.top]}, "at any time"
+            if luck < 0.03:
+                desk.lost(key)
+                continue
+            epochs = [epoch_record(record.epochs + 1, stream.random())]
+            failure = "RuntimeError: out of paper" if luck > 0.97 else None
+            if not desk.result(key, epochs, failure=failure, diverged=0.93 < luck <= 0.97):
+                desk.ended(key)
+
+
+def test_files_after_a_hundred_trials_are_those_after_twenty(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, trials=20, epochs=4, reduction_factor=2)
+    stream = random.Random(0)
+    found = []
+    for total in (20, 100):
+        ledger = run(sweep, total, stream)
+        best = [str(record.number) for record in ledger.leaderboard()[:KEPT_CHECKPOINTS] if record.word == "complete"]
+        saved = {name for name in best if f"checkpoints/{name}/checkpoint.pt" in below(sweep.folder)}
+        expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints"}
+        expected |= {f"checkpoints/{name}" for name in saved} | {f"checkpoints/{name}/checkpoint.pt" for name in saved}
+        assert below(sweep.folder) == expected
+        found.append(len(below(sweep.folder)))
+    assert max(found) <= 4 + 2 * KEPT_CHECKPOINTS
+    assert {record.word for record in ledger.records.values()} == {"complete", "stopped", "diverged", "failed"}
+
+
+def test_a_driver_removes_what_a_kill_left(tmp_path: Path) -> None:
+    """Empty folders, halves of checkpoints, checkpoints of trials that are over or that never were."""
+    sweep = make_sweep(tmp_path, trials=8, epochs=4, reduction_factor=2)
+    ledger = run(sweep, 8, random.Random(1))
+    before = below(sweep.folder)
+    over = next(record.number for record in ledger.leaderboard() if record.word == "stopped")
+    (ledger.checkpoints / str(over)).mkdir()
+    (ledger.checkpoints / "77").mkdir()
+    (ledger.checkpoints / "77" / "checkpoint.pt").write_bytes(b"state")
+    best = next(record.number for record in ledger.leaderboard() if f"checkpoints/{record.number}" in before)
+    (ledger.checkpoints / str(best) / ".checkpoint.pt.123").write_bytes(b"st")
+    Desk(Ledger(sweep), total=8, concurrent=1)
+    assert below(sweep.folder) == before
