@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from optuna.trial import TrialState
 
 from hparams import Value
-from tune.files import NAME, RECORD, FolderHome, Home
+from tune.files import NAME, RECORD, FolderHome, Home, as_home
 from tune.ledger import Ledger, Record
 from tune.space import Space
 from tune.spec import Sweep, SweepSpec
@@ -24,10 +24,10 @@ class WarmStart(NamedTuple):
     provenance: dict[str, Any]
 
 
-def warm_start(old: str, home: Home, spec: SweepSpec, space: Space) -> WarmStart:
+def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space) -> WarmStart:
     """What a sweep of ``spec`` takes over from ``old``, a sweep in the same storage or the path of one's folder. ValueError
     where there is none, or it has no complete trial."""
-    sweep = _find(old, home)
+    sweep = _find(old, as_home(home))
     ledger = Ledger(sweep, read_only=True)
     best = [record for record in ledger.leaderboard() if record.state is TrialState.COMPLETE][:TAKEN]
     if not best:
