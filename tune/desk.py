@@ -5,16 +5,17 @@ Ray's searcher and scheduler are two doors into this one object; a test walks in
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import TrialState
 
 from training.experiment import EpochRecord
+from training.locations import names, remove
 from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
@@ -174,16 +175,17 @@ class Desk:
             self.top = sorted([*self.top, record], key=lambda r: (-(r.value or 0.0), r.number))
             dropped, self.top = self.top[KEPT_CHECKPOINTS:], self.top[:KEPT_CHECKPOINTS]
         for unneeded in dropped:
-            shutil.rmtree(self.ledger.checkpoints / str(unneeded.number), ignore_errors=True)
+            remove(self.ledger.checkpoints / str(unneeded.number))
         self.on_event("ended", record)
 
     def _drop_stray_checkpoints(self) -> None:
         """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""
         kept = {str(record.number) for record in [*self.ledger.unfinished(), *self.top]}
-        if self.ledger.checkpoints.is_dir():
-            for folder in self.ledger.checkpoints.iterdir():
-                if folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+        for name in names(self.ledger.checkpoints):
+            folder = self.ledger.checkpoints / name
+            if name not in kept:
+                remove(folder)
+            elif isinstance(folder, Path):  # an object store has no halves
                 for half in folder.glob(".*"):
                     half.unlink(missing_ok=True)
 

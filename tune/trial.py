@@ -7,7 +7,6 @@ import json
 import logging
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Trainable
@@ -76,13 +75,14 @@ class TrialActor(Trainable):
         import torch
 
         from training.experiment import Experiment, Recipe
+        from training.locations import location
 
         torch.set_num_threads(max(1, int(self.trial["cpus"])))
         if 0 < self.trial["gpus"] < 1:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
         device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
-        return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"], device)
+        return Experiment(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
 
     def _save(self) -> None:
         try:
