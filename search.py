@@ -63,7 +63,7 @@ def build_parser() -> Parser:
         sub = verbs.add_parser(verb, help=help_text, description=help_text)
         if named:
             sub.add_argument("name", metavar="NAME", help="the sweep")
-        sub.add_argument("--storage", help="folder of the sweeps (default: runs)")
+        sub.add_argument("--storage", help="folder of the sweeps, or s3://BUCKET/... with --ledger (default: runs)")
         sub.add_argument("--ledger", metavar="URL", default=os.environ.get("NOISY_LABEL_LEDGER", ""), help=LEDGER)
         return sub
 
@@ -247,10 +247,11 @@ def stop(options: argparse.Namespace) -> int:
 
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
+    from training.locations import Remote
     from tune.tracker import quiet, tracking_uri
 
     storage = options.home.storage
-    if not (storage / "mlflow.db").is_file():
+    if isinstance(storage, Remote) or not (storage / "mlflow.db").is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here

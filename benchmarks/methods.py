@@ -134,7 +134,7 @@ def examined(method: str, noise: str, options: argparse.Namespace, pipes: list[C
     complete = [record for record in search.leaderboard() if record.state is TrialState.COMPLETE]
     winner = complete[0]
     oracle = max(complete, key=lambda record: record.summary["test_accuracy"])
-    (sweep.folder / RETRAIN).mkdir(exist_ok=True)
+    sweep.files.add_part(RETRAIN)
     enqueue_retraining(Ledger(sweep, RETRAIN, create=True), [winner, oracle][: 1 + (oracle is not winner)], options.seeds)
     again = Ledger(sweep, RETRAIN)
     run(again, len(again.study.get_trials(deepcopy=False)), pipes)

@@ -113,7 +113,7 @@ def grow(desk: Desk, free: Free, total: int, watch: Watch, projection: Projectio
             num_given += 1
         for key, record in list(desk.live.items()):
             report = free.epochs(record, next(stop for stop in stops if stop > record.epochs))
-            folder = desk.ledger.checkpoints / str(record.number)
+            folder = Path(str(desk.ledger.checkpoints)) / str(record.number)
             folder.mkdir(parents=True, exist_ok=True)  # a trial saves at its rungs
             (folder / "checkpoint.pt").write_bytes(b"state" * 1000)
             with watch("result"):
@@ -157,7 +157,7 @@ def at_mark(sweep: Sweep, number: int, watch: Watch, projection: Projection | No
         with watch("idle"):
             projection.sync()
     row |= {what: watch.milliseconds(what) for what in watch.taken}
-    row["storage"] = contents(sweep.storage)
+    row["storage"] = contents(Path(str(sweep.storage)))
     began = time.process_time()
     Ledger(sweep, read_only=True)
     row["reopened"] = time.process_time() - began
@@ -172,8 +172,8 @@ def measured(options: argparse.Namespace, storage: Path) -> Iterator[dict[str, A
     marks = [int(mark) for mark in options.marks.split(",")]
     spec = make_spec({"method": tuple(options.methods.split(",")), "trials": marks[-1], "epochs": EPOCHS})
     provenance = {"id": uuid.uuid4().hex, "created": time.time(), "data": dataset_of(spec).fingerprint, "commit": "benchmark"}
+    (storage / NAME).mkdir(parents=True)
     sweep = Sweep(storage / NAME, spec, provenance)
-    sweep.folder.mkdir(parents=True)
     sweep.write()
     ledger = Ledger(sweep, create=True)
     for method in spec.method:

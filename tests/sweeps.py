@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from hparams import Value
 from tests.postgres import dumped
 from training.experiment import EpochRecord
+from training.locations import check_writable
 from tune.desk import FINISHED, Desk
 from tune.files import FolderHome, Home, as_home
 from tune.ledger import Ledger, Record
@@ -28,7 +29,7 @@ CREATED = 1_700_000_000.25
 def make_sweep(home: Path | Home, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
     """A sweep as ``launch`` leaves it: spec and study are kept, no trial has run. ``fields`` are those of the spec."""
     home = as_home(home)
-    home.storage.mkdir(parents=True, exist_ok=True)
+    check_writable(home.storage)
     spec = make_spec({"method": ("ce",), "model": "mlp", "trials": 4, "epochs": 4, "sampler": "random", **fields})
     provenance = {"id": f"{name}-0123456789abcdef", "created": CREATED, "data": "0" * 64, "commit": "unknown"} | home.provenance
     with home.making(name) as (folder, files):
@@ -66,7 +67,8 @@ def play(
     while True:
         while (record := desk.next(f"slot-{next(slots)}")) not in (None, FINISHED):
             folder = desk.ledger.checkpoints / str(record.number)  # type: ignore[union-attr]
-            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(folder, Path):
+                folder.mkdir(parents=True, exist_ok=True)
             (folder / "checkpoint.pt").write_bytes(b"state")
         moving = {key: live for key, live in desk.live.items() if live.number not in held}
         if not moving:
@@ -108,7 +110,8 @@ def stored_trials(sweep: Sweep, study: str = "sweep") -> list[FrozenTrial]:
 def everything(sweep: Sweep) -> tuple[Any, ...]:
     """All that is kept of a sweep, to see whether something changed."""
     home = sweep.files.home
-    return bytes_below(sweep.folder), *([] if isinstance(home, FolderHome) else dumped(home.place))
+    files = bytes_below(sweep.folder) if isinstance(sweep.folder, Path) else {}
+    return files, *([] if isinstance(home, FolderHome) else dumped(home.place))
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -15,7 +16,10 @@ import pytest
 
 import search
 from tests.postgres import Postgres, dumped
+from tests.sweep_process import end_all, start, wait_until
+from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, in_child, kept_lines, made_up, make_sweep, play, stored_trials
+from training.locations import names
 from tune import database as database_module
 from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
 from tune.desk import FINISHED, Desk
@@ -29,6 +33,12 @@ from tune.tracker import Projection, noted_runs
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
 SECRET = "correct-horse-battery"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture
@@ -529,3 +539,47 @@ def test_urls_that_are_good() -> None:
     for url in ("postgresql://me@host:5432/db", "postgres://host/db", "postgresql://a@h1:1,h2:2/db?sslmode=require"):
         assert check_url(url) == url
         assert Database(url).url == url
+
+
+# -- from end to end --------------------------------------------------------------------------------------------------
+
+
+def test_launched_killed_and_resumed_without_a_shared_file_system(
+    url: str, s3: str, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real Ray, a ledger in PostgreSQL and checkpoints in S3: kill -9 on the driver, resume, best; nothing lies in a folder,
+    and no secret anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NOISY_LABEL_LEDGER", url)
+    (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
+    (tmp_path / "spec.yaml").write_text("{trials: 4, epochs: 12, checkpoint_seconds: 0, report_seconds: 0.2, scheduler: none}")
+    home, log = DatabaseHome(url, None), tmp_path / "log"
+    flags = ["--storage", f"{s3}/runs", "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}", "--concurrent", 2]
+    launched = start(log, "launch", "far", "--spec", tmp_path / "spec.yaml", "--model", "mlp", *flags)
+    wait_until(lambda: "far" in home.names(), launched, log)
+    metrics = home.files("far").lines("metrics.jsonl")
+    seen: list[dict[str, Any]] = []
+    wait_until(lambda: seen.extend(metrics.read()) or len(seen) >= 4, launched, log)
+    assert "is being run by process" in process("resume", "far", check=2).stderr
+    launched.kill()
+    launched.wait()
+    sweep = Sweep.find(home, "far")
+    assert str(sweep.folder) == "s3://bucket/runs/far"
+    saved = {int(name) for name in names(sweep.folder / "checkpoints")}
+    assert saved
+    before = {record.number: record.epochs for record in Ledger(sweep, read_only=True).records.values()}
+    resumed = process("resume", "far")
+    for number in saved:
+        assert f"trial {number} alr goes on from epoch {before[number]}" in resumed.stdout
+    assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * 4
+    recorded = sorted((record["trial"], record["epoch"]) for record in home.files("far").lines("metrics.jsonl").read())
+    assert recorded == [(trial, epoch) for trial in range(4) for epoch in range(1, 13)]
+    board = json.loads(process("best", "far", "--json").stdout)
+    assert [row["state"] for row in board] == ["complete"] * 4
+    assert all(row["mlflow_run_id"] for row in board)
+    assert process("resume", "far").stdout.splitlines()[-1].endswith(f"python search.py resume far --ledger '{url}' --trials N")
+    assert set(names(sweep.folder / "checkpoints")) == {"0", "1", "2", "3"}
+    assert not (tmp_path / "runs").exists()
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert SECRET not in str(everything(sweep))
+    assert not [path for path in kept if SECRET.encode() in path.read_bytes()]

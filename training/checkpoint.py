@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from training.locations import Location, Remote
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -22,15 +24,21 @@ class UnreadableCheckpoint(ValueError):
     """A checkpoint file is damaged or belongs to another trial."""
 
 
-def save(path: Path, state: dict[str, Any], *, read_back: bool = False) -> None:
-    """Writes ``state`` to ``path``: temporary file, fsync, rename. OSError where the disk does not take it.
+def save(path: Location, state: dict[str, Any], *, read_back: bool = False) -> None:
+    """Writes ``state`` to ``path``: temporary file, fsync, rename; an object store's upload is whole or nothing by itself.
+    OSError where it is not taken.
 
     ``read_back`` loads the file again and raises :class:`UnreadableCheckpoint` if it cannot be, for a first save.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     buffer = io.BytesIO()  # torch turns the OSError of a full disk into a RuntimeError
     torch.save(state, buffer)
+    if isinstance(path, Remote):
+        path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
+        if read_back:
+            load(path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(buffer.getbuffer())
@@ -46,14 +54,14 @@ def save(path: Path, state: dict[str, Any], *, read_back: bool = False) -> None:
     sync_folder(path.parent)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(path: Location, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads a checkpoint without running code from it. FileNotFoundError; UnreadableCheckpoint where it is damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {error.strerror}") from error
+        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
         raise UnreadableCheckpoint(f"checkpoint {path} is damaged: its checksum is not that of its content")

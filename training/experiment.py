@@ -10,7 +10,6 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from methods.base import Task
 from models import Network, make_model
 from training import checkpoint
 from training.fit import Epoch, fit
+from training.locations import Location
 from training.statistics import RefinementStatistics
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,9 @@ class Experiment:
     it. Building one has no side effect on the folder. ``device`` is torch's name of where it runs.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None = None, rungs: Collection[int] = (), device: str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Location | None = None, rungs: Collection[int] = (), device: str = "cpu"
+    ) -> None:
         self.recipe = recipe
         self.device = device
         self.path = folder / "checkpoint.pt" if folder else None

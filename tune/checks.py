@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -11,23 +10,23 @@ from pathlib import Path
 
 from data.dataset import Dataset
 from models import make_model
+from training.locations import Location, check_writable
 from tune.cluster import address_of
 from tune.spec import SweepSpec
 
 PATIENCE = 5  # seconds that a server gets to answer
+HTTP_LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
-def check_storage(storage: Path) -> None:
-    """ValueError where the storage folder cannot be made or written, or is one that Ray made for a job and removes."""
-    if "runtime_resources" in storage.parts:
+def check_storage(storage: Location) -> None:
+    """ValueError where the storage cannot be made or written, or is a folder that Ray made for a job and removes."""
+    if isinstance(storage, Path) and "runtime_resources" in storage.parts:
         raise ValueError(f"storage {str(storage)!r} is not allowed; Ray removes this folder: give --storage one of your own")
     try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
-            pass
-    except OSError as error:
-        raise ValueError(f"storage {str(storage)!r} cannot be written: {error.strerror}") from error
+        check_writable(storage)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"storage {str(storage)!r} cannot be written: {getattr(error, 'strerror', '') or error}") from error
 
 
 def check_resources(spec: SweepSpec) -> None:
@@ -67,15 +66,15 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def absolute(uri: str) -> str:
-    """A tracking URI that means the same from any working directory. ValueError where it holds a password: it is stored."""
+def clean(uri: str) -> str:
+    """A tracking URI that means the same from any working directory. ValueError where it holds a password, which everybody
+    could read in the list of processes, and which would be stored."""
     parts = urllib.parse.urlsplit(uri)
     if parts.password or "password=" in parts.query:
-        place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        raise ValueError(
-            f"--tracking: a password in a URL is not allowed; give {place!r} and set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL"
-        )
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        variables = {"http": HTTP_LOGIN, "https": HTTP_LOGIN, "postgresql": "PGPASSWORD, or use ~/.pgpass"}
+        instead = variables.get(parts.scheme.partition("+")[0], "up an MLflow server in front of the database")
+        raise ValueError(f"--tracking: the URL of {shown!r} holds a password; leave it out and set {instead}")
     path = uri.removeprefix("sqlite:///")
     return f"sqlite:///{Path(path).resolve()}" if path != uri and path else uri
 

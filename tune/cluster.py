@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import socket
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from data.cache import same_table
 from data.sources import Options, find_source
+from training.locations import check_writable, location
 from tune.desk import Desk
 from tune.spec import Sweep, SweepSpec
 
@@ -98,6 +97,7 @@ class Nodes:
         self.asked: dict[str, Any] = {}
         self.refusals: Counter[str] = Counter()
         self.held = 0
+        self.probed = False
         self.looked = self.seen_room = time.monotonic()
         self.said = False
 
@@ -169,16 +169,18 @@ class Nodes:
     def _probe(self) -> str:
         """A file in the sweep's folder that no other sweep has."""
         probe = self.sweep.folder / PROBE
-        if not probe.exists():
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.write_text(self.sweep.provenance["id"])
+        if not self.probed:
+            check_writable(self.sweep.folder)
+            probe.write_bytes(self.sweep.provenance["id"].encode())
+            self.probed = True
         return str(probe)
 
     def __enter__(self) -> Nodes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        (self.sweep.folder / PROBE).unlink(missing_ok=True)
+        if self.probed:
+            (self.sweep.folder / PROBE).unlink()
 
     def _hear(self, key: str, node: Mapping[str, Any]) -> None:
         import ray
@@ -202,18 +204,17 @@ def why_not_here(probe: str, text: str, data: str, image_size: int, checksum: st
 
     The file ``probe`` holds ``text`` where the sweep's folder is the driver's. The data are decoded into the node's cache.
     """
-    folder = Path(probe).parent
+    folder = location(probe).parent
     try:
-        same = Path(probe).read_text() == text
+        same = location(probe).read_bytes() == text.encode()
     except OSError:
         same = False
     if not same:
         return f"does not see the storage {folder.parent}; give --storage a folder that all nodes share under this path"
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_writable(folder)
     except OSError as error:
-        return f"cannot write the storage {folder.parent}: {error.strerror}"
+        return f"cannot write the storage {folder.parent}: {error.strerror or error}"
     try:
         same_table(find_source(data, Options(image_size=image_size)), checksum)
     except (ValueError, OSError) as error:

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, errors
 
+from training.locations import Location, location, names
 from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
@@ -313,22 +314,22 @@ class DatabaseFiles(SweepFiles):
 class DatabaseHome(Home):
     """A database with the sweeps' files; their checkpoints are in a storage beside it, which each sweep notes."""
 
-    def __init__(self, url: str, storage: Path | None) -> None:
+    def __init__(self, url: str, storage: Location | None) -> None:
         self.database = Database(url)
         self.place = url
         self.flags = ["--ledger", url, *(["--storage", str(storage)] if storage else [])]
         self._asked = storage
 
     @property
-    def storage(self) -> Path:
+    def storage(self) -> Location:
         return self._asked or Path("runs").resolve()
 
     @property
     def provenance(self) -> dict[str, str]:
         return {"storage": str(self.storage)}
 
-    def folder(self, name: str, provenance: Mapping[str, Any]) -> Path:
-        return (self._asked or Path(provenance["storage"])) / name
+    def folder(self, name: str, provenance: Mapping[str, Any]) -> Location:
+        return (self._asked or location(provenance["storage"])) / name
 
     def names(self) -> list[str]:
         rows = self.database.select("select sweep from noisy_label_texts where name = %s", RECORD)
@@ -341,14 +342,14 @@ class DatabaseHome(Home):
         return self.files(name).read(RECORD) is not None
 
     @contextlib.contextmanager
-    def making(self, name: str) -> Iterator[tuple[Path, SweepFiles]]:
+    def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
         """The sweep is there once its record is, which must come last."""
         self.database.make_tables()
         files, folder = self.files(name), self.storage / name
         with files.lock(""):
             if self.exists(name):
                 raise self.taken(name)
-            if folder.exists():
+            if names(folder) or (isinstance(folder, Path) and folder.exists()):
                 raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed
             yield folder, files

@@ -5,17 +5,18 @@ Ray's searcher and scheduler are two doors into this one object; a test walks in
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import TrialState
 
 from training.experiment import EpochRecord
+from training.locations import names, remove
 from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.rungs import Rungs
@@ -191,22 +192,23 @@ class Desk:
             self.top = sorted([*self.top, record], key=lambda r: (-(r.value or 0.0), r.number))
             dropped, self.top = self.top[KEPT_CHECKPOINTS:], self.top[:KEPT_CHECKPOINTS]
         for unneeded in dropped:
-            shutil.rmtree(self.ledger.checkpoints / str(unneeded.number), ignore_errors=True)
+            remove(self.ledger.checkpoints / str(unneeded.number))
         self._drop_halves(record)
         self.on_event("ended", record)
 
     def _drop_halves(self, record: Record) -> None:
         """Removes what processes of the trial that were killed while they saved it have left."""
-        for half in (self.ledger.checkpoints / str(record.number)).glob(".*"):
-            half.unlink(missing_ok=True)
+        folder = self.ledger.checkpoints / str(record.number)
+        if isinstance(folder, Path):  # an object store has no halves
+            for half in folder.glob(".*"):
+                half.unlink(missing_ok=True)
 
     def _drop_stray_checkpoints(self) -> None:
         """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""
         kept = {str(record.number): record for record in [*self.ledger.unfinished(), *self.top]}
-        if self.ledger.checkpoints.is_dir():
-            for folder in self.ledger.checkpoints.iterdir():
-                if folder.name not in kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+        for name in names(self.ledger.checkpoints):
+            if name not in kept:
+                remove(self.ledger.checkpoints / name)
         for record in kept.values():
             self._drop_halves(record)
 

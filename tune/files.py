@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from training.locations import Location, Remote, location
 from tune.journal import LineFile, Lines
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -99,11 +100,11 @@ class Home(ABC):
 
     @property
     @abstractmethod
-    def storage(self) -> Path:
+    def storage(self) -> Location:
         """Where a new sweep's checkpoints go, in a folder of its name."""
 
     @abstractmethod
-    def folder(self, name: str, provenance: Mapping[str, Any]) -> Path:
+    def folder(self, name: str, provenance: Mapping[str, Any]) -> Location:
         """Where the checkpoints of a sweep are."""
 
     @abstractmethod
@@ -119,7 +120,7 @@ class Home(ABC):
         """Whether the name is taken."""
 
     @abstractmethod
-    def making(self, name: str) -> AbstractContextManager[tuple[Path, SweepFiles]]:
+    def making(self, name: str) -> AbstractContextManager[tuple[Location, SweepFiles]]:
         """Makes a sweep: it is there when the block ends well, and otherwise there is nothing. ValueError where it exists."""
 
     def taken(self, name: str) -> ValueError:
@@ -228,7 +229,7 @@ class FolderHome(Home):
         return (self._storage / name).exists()
 
     @contextlib.contextmanager
-    def making(self, name: str) -> Iterator[tuple[Path, SweepFiles]]:
+    def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
         """In a temporary folder, which is renamed."""
         for stale in self._storage.glob(f".{name}.*"):  # of a launch that was killed
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
@@ -247,11 +248,16 @@ class FolderHome(Home):
 
 def open_home(storage: str | None, ledger: str) -> Home:
     """Where sweeps live, by ``--storage`` and ``--ledger``. ValueError where that is nowhere."""
-    place = Path(storage).resolve() if storage else None  # workers have a working directory of their own
+    try:
+        place = location(storage) if storage else None
+    except ValueError as error:
+        raise ValueError(f"--storage: {error}") from error
     if ledger:
         from tune.database import DatabaseHome
 
         return DatabaseHome(ledger, place)
+    if isinstance(place, Remote):
+        raise ValueError(f"--storage: {storage!r} holds checkpoints only; give a database for the rest with --ledger URL")
     return FolderHome(place or Path("runs").resolve())
 
 

@@ -17,6 +17,7 @@ from data.sources import Options, Source, find_source
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
+from training.locations import Location
 from tune.files import NAME, RECORD, FolderFiles, FolderHome, Home, SweepFiles, as_home
 
 MAX_LOST = 3  # processes that a trial may lose before it counts as failed
@@ -206,7 +207,7 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
 class Sweep:
     """A sweep as it is kept: where its checkpoints are, what was asked for, what that was made with, and its files."""
 
-    folder: Path
+    folder: Location
     spec: SweepSpec
     provenance: Mapping[str, Any]
     kept: SweepFiles | None = field(default=None, compare=False)  # None: in the folder
@@ -216,12 +217,15 @@ class Sweep:
         return self.folder.name
 
     @property
-    def storage(self) -> Path:
+    def storage(self) -> Location:
         return self.folder.parent
 
     @property
     def files(self) -> SweepFiles:
-        return self.kept or FolderFiles(self.folder)
+        if self.kept:
+            return self.kept
+        assert isinstance(self.folder, Path), "an object store holds checkpoints only"
+        return FolderFiles(self.folder)
 
     def write(self) -> None:
         """Writes ``sweep.yaml``, whole or not at all."""

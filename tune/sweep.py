@@ -21,7 +21,7 @@ from data.noise import parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import absolute, check_compiler, check_network, check_resources, check_storage, check_tracking, num_gpus
+from tune.checks import check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
@@ -77,7 +77,7 @@ def launch(
     home, command = as_home(home), command_line("resume", as_home(home), check_name(name))
     if home.exists(name):
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
-    spec = dataclasses.replace(spec, tracking=absolute(spec.tracking))
+    spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
     space = Space(spec)
     check_resources(spec)
     check_storage(home.storage)
@@ -160,7 +160,7 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     """Goes on with a sweep: finishes it, extends it to a larger budget, or reports that nothing is left to do."""
     sweep = Sweep.find(home, name)
     command = resume_command(sweep)
-    spec = make_spec({**vars(sweep.spec), **changes, "tracking": absolute(changes.get("tracking", sweep.spec.tracking))})
+    spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)

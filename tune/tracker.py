@@ -19,6 +19,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from training.locations import Location, Remote
 from tune.ledger import SWEEP, Ledger, Record
 from tune.report import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
 
@@ -44,9 +45,20 @@ def quiet() -> None:
     logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
-def tracking_uri(storage: Path, asked: str) -> str:
-    """Where the runs go: what the user asked for, else a database in the storage folder."""
+def tracking_uri(storage: Location, asked: str) -> str:
+    """Where the runs go: what the user asked for, else a database in the storage folder. ValueError where that is a URL."""
+    if not asked and isinstance(storage, Remote):
+        raise ValueError(f"--storage: {str(storage)!r} holds no database of MLflow's; give a server's address with --tracking")
     return asked or f"sqlite:///{storage / 'mlflow.db'}"
+
+
+def artifacts_uri(uri: str, storage: Location, name: str) -> str | None:
+    """Where the artifacts of a sweep's runs go: a server decides for itself; else into the storage."""
+    if uri.startswith("http"):
+        return None
+    if isinstance(storage, Remote) and uri.startswith("sqlite:///"):
+        storage = Path(uri.removeprefix("sqlite:///")).parent  # beside it: MLflow has clients of its own for object stores
+    return (storage / "mlartifacts" / name).as_uri()
 
 
 def noted_runs(ledger: Ledger) -> dict[int, str]:
@@ -99,8 +111,7 @@ class Projection:
         found = self.client.get_experiment_by_name(self.sweep.name)
         if found:
             return str(found.experiment_id)
-        local = self.uri.startswith("sqlite:")  # beside the database; a server decides for itself
-        location = (self.sweep.storage / "mlartifacts" / self.sweep.name).resolve().as_uri() if local else None
+        location = artifacts_uri(self.uri, self.sweep.storage, self.sweep.name)
         tags = {"mlflow.experimentKind": "custom_model_development"}  # the pages for training runs, not those for chats
         return str(self.client.create_experiment(self.sweep.name, artifact_location=location, tags=tags))
 

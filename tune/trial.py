@@ -8,11 +8,11 @@ import json
 import logging
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Trainable
 
+from training.locations import location
 from tune.watchdog import Watchdog, allowed_seconds
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class TrialActor(Trainable):
         epochs: list[Any] = []
         failure, diverged = None, False
         try:
-            with Watchdog(Path(self.trial["folder"])) as watchdog:  # an actor that waits for the driver does not hang
+            with Watchdog(location(self.trial["folder"])) as watchdog:  # an actor that waits for the driver does not hang
                 diverged = self._advance(epochs, watchdog)
         except Exception:  # noqa: BLE001  the trial's boundary: whatever a trial raises is its own failure, not the sweep's
             failure = traceback.format_exc()
@@ -95,7 +95,7 @@ class TrialActor(Trainable):
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
         device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
-        return Experiment(Recipe(**self.trial["recipe"]), Path(self.trial["folder"]), self.trial["rungs"], device)
+        return Experiment(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
 
     def _free_memory(self) -> None:
         """Gives back what a failed trial held, so that the next one does not fail for it."""

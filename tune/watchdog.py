@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from training.locations import Location
+
 SLACK = 10  # what a first epoch gets times ``hang_seconds``, and a later one times the longest before it
 NOTE = ".hung"  # beside the trial's checkpoint; holds a text only once its process hung
 
@@ -23,8 +25,8 @@ class Watchdog:
     """Between ``with`` and its end the process is to call :meth:`expect` again before the time given last is over; otherwise
     a thread of the interpreter's that needs no lock of Python's writes every thread's stack and exits."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NOTE
+    def __init__(self, folder: Location) -> None:
+        self.path = folder / NOTE if isinstance(folder, Path) else None  # C code writes into files alone
         self.file: IO[str] | None = None
 
     def __enter__(self) -> Watchdog:
@@ -34,7 +36,7 @@ class Watchdog:
         """Ends the process after so many seconds; 0 is never."""
         if not seconds:
             return
-        if self.file is None:
+        if self.file is None and self.path:
             with contextlib.suppress(OSError):  # a full disk: then the stacks go to the worker's own output
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open("w")
@@ -45,13 +47,16 @@ class Watchdog:
         if self.file is not None:
             self.file.close()
             self.file = None
+            assert self.path is not None
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
 
-def last_words(folder: Path) -> str:
+def last_words(folder: Location) -> str:
     """Takes away what a trial's process that hung left in its folder: the stacks, and last a line that says so. Empty where
     it did not hang."""
+    if not isinstance(folder, Path):
+        return ""
     path = folder / NOTE
     try:
         stacks = path.read_text(errors="replace").strip()
