@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: it leaves its address where ``auto`` looks for one.
 
 ``python -m tests.ray_nodes '{"num_cpus": 0}'`` starts a head and prints its address, then obeys lines: ``add CPUS``, ``kill``
-(the oldest node, without a word to it). It ends the cluster with its input.
+(the oldest node, without a word to it). It ends the cluster with its input. With ``{"gcs_address": ...}`` it is one node
+more of that cluster.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class RayNodes:
-    """The cluster as a test sees it. Its nodes ask for the token of the test's environment."""
+    """The cluster as a test sees it. Its nodes ask for the token of the test's environment. ``before`` is a command that runs
+    its process."""
 
-    def __init__(self, **head: Any) -> None:
-        command = [sys.executable, "-m", "tests.ray_nodes", json.dumps(head)]
+    def __init__(self, *before: object, **head: Any) -> None:
+        command = [*map(str, before), sys.executable, "-m", "tests.ray_nodes", json.dumps(head)]
         env = os.environ | {"RAY_AUTH_MODE": "token"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe)
@@ -45,10 +47,24 @@ class RayNodes:
         self.process.wait(60)
 
 
+def one_more_node(options: dict[str, Any]) -> None:
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    node = Node(RayParams(include_log_monitor=False, node_manager_port=0, **options), head=False, shutdown_at_exit=True)
+    print("done", options["gcs_address"], flush=True)
+    sys.stdin.read()
+    node.kill_all_processes(check_alive=False, wait=True)
+
+
 def main() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+    options = json.loads(sys.argv[1])
+    if "gcs_address" in options:
+        one_more_node(options)
+        return
+    cluster = Cluster(initialize_head=True, head_node_args=options)
     nodes = []
     print("done", cluster.address, flush=True)
     for line in sys.stdin:

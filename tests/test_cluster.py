@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import pytest
 
 from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
+    ROOT,
     assert_projected,
     assert_whole,
     board,
@@ -390,3 +393,66 @@ def test_a_token_that_is_another(refused: tuple[subprocess.Popen[str], Path], no
     assert last.startswith(f"error: Ray cluster '{nodes.address}' cannot be joined: Failed to connect")
     assert last.endswith(f"the token shown to it is that of {folder / 'token'}")
     assert list((folder / "runs").iterdir()) == []
+
+
+@pytest.mark.root
+def test_a_storage_of_one_node_alone(nodes: RayNodes, storage: Path) -> None:
+    """A node with an empty folder in the storage's place: refused in one line that names it, and nothing is written."""
+    script = f'mount -t tmpfs none {storage} && exec "$@"'
+    hidden = RayNodes("unshare", "--mount", "sh", "-c", script, "sh", gcs_address=nodes.address, num_cpus=1)
+    try:
+        before = sorted(storage.iterdir())
+        done = search("launch", "split", "--storage", storage, "--address", nodes.address, check=2)
+        assert re.search(r"^error: node [0-9.]+ \(.+\) does not see the storage " + re.escape(f"{storage};"), done.stderr)
+        assert done.stderr.count("\n") == 1
+        assert sorted(storage.iterdir()) == before
+    finally:
+        hidden.end()
+
+
+@pytest.mark.slow
+def test_a_job_is_submitted_and_stopped(storage: Path) -> None:
+    """``ray job submit`` with a working directory; ``ray job stop`` ends as Ctrl-C does; a second job goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = RayNodes(num_cpus=2, include_dashboard=True, dashboard_port=port)
+    folder = storage / "job"
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+    server = ["--address", f"http://127.0.0.1:{port}"]
+    environment = os.environ | {"RAY_AUTH_MODE": "token"}
+
+    def job(verb: str, *arguments: object) -> str:
+        command = [*ray, verb, *server, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return done.stdout + done.stderr
+
+    def submit(name: str, *command: object) -> str:
+        own = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "NOISY_LABEL_CACHE": os.environ["NOISY_LABEL_CACHE"]}}
+        options = ("--no-wait", "--submission-id", name, "--working-dir", ROOT, "--runtime-env-json", json.dumps(own))
+        return job("submit", *options, "--", sys.executable, "search.py", *command)
+
+    def until(name: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < deadline, job("logs", name)
+            time.sleep(1)
+
+    try:
+        refused = submit("here", "launch", "job", "--trials", 1)
+        until("here", lambda: "FAILED" in job("status", "here"))
+        assert "Ray removes this folder" in job("logs", "here"), refused
+        options = ("--method", "ce", "--model", "mlp", "--trials", 500, "--epochs", 24)
+        submitted = submit("first", "launch", "job", "--storage", storage, *options)
+        until("first", lambda: len(metric_lines(folder)) >= 4)
+        job("stop", "first")
+        said = job("logs", "first")
+        assert f"python search.py resume job --storage {storage}" in said.splitlines()[-1], (submitted, said)
+        num_begun = len(board(storage, "job"))
+        submit("second", "resume", "job", "--storage", storage, "--trials", num_begun)
+        until("second", lambda: "SUCCEEDED" in job("status", "second"))
+        rows = board(storage, "job")
+        assert_whole(folder, rows, num_begun)
+        assert_projected(storage, "job", rows)
+    finally:
+        nodes.end()

@@ -25,9 +25,9 @@ def test_fractions_are_counted_as_ray_counts_them(have: float, need: float, time
 
 
 NODES = [
-    {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}},
-    {"Alive": True, "Resources": {"CPU": 4.0}},
-    {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    {"NodeID": "a", "Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}},
+    {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}},
+    {"NodeID": "c", "Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
 ]
 
 

@@ -32,7 +32,7 @@ class LedgerScheduler(FIFOScheduler):
         waiting = {trial.trial_id: trial for trial in tune_controller.get_live_trials() if trial.status == TuneTrial.PENDING}
         if self.desk.halted.is_set():
             for trial in waiting.values():  # a place for it may never come, and Tune would wait
-                trial.init_local_path()  # Tune's summary at the end asks for the folder, also of one that it has just been given
+                trial.init_local_path()  # Tune's summary at the end asks for it, also where it is new
                 tune_controller.stop_trial(trial)
             return None
         return next((waiting[key] for key in reversed(self.desk.live) if key in waiting), None)
