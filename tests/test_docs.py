@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from methods import METHODS
@@ -32,3 +33,10 @@ def test_the_example_of_a_method_in_the_readme_is_one() -> None:
     code = text.split("```python\n")[1].split("```")[0]
     assert "def losses" in code
     assert code in (ROOT / "methods" / "gce.py").read_text()
+
+
+def test_the_tests_that_the_page_of_faults_names_are_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "faults.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"

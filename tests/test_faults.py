@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -284,9 +285,9 @@ def test_faults_cost_their_own_trial_alone(faulty: FaultySweep) -> None:
     hung, *_ = errors = [record.summary.get("error", "") for record in records]
     assert ", line " in hung
     assert "in hang\n" in hung, "the function that hung"
-    assert hung.endswith(
-        "lost its process 3 times; the last epoch reported was 1; the last time it hung: no epoch ended for 0:00:05"
-    )
+    told = r"it hung: no epoch ended for 0:00:\d\d(\.\d+)?"  # 5 s, or ten times what an epoch took on a busy machine
+    why = f"lost its process 3 times; the last epoch reported was 1; the last time {told}"
+    assert re.fullmatch(why, hung.splitlines()[-1])
     assert "can't allocate memory" in errors[2].splitlines()[-1]
     assert errors[3].splitlines()[-1] == "MemoryError"
     assert errors[4].splitlines()[-1].startswith("torch.OutOfMemoryError: CUDA out of memory")
@@ -295,7 +296,7 @@ def test_faults_cost_their_own_trial_alone(faulty: FaultySweep) -> None:
     assert len(processes) == 4
     assert len(set(processes)) < 4, "a process survives that a trial ran out of memory"
 
-    assert faulty.said.count("trial 0 lost its process after epoch 1 (it hung: no epoch ended for 0:00:05)") == 2
+    assert len(re.findall(rf"trial 0 lost its process after epoch 1 \({told}\); it will be run again", faulty.said)) == 2
     assert "trial 1 lost its process after epoch 3 (Ray says: Worker unexpectedly exits" in faulty.said
     assert "Traceback" not in faulty.said
     held = {path.relative_to(sweep.folder / "checkpoints") for path in (sweep.folder / "checkpoints").rglob("*")}

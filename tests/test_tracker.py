@@ -564,6 +564,33 @@ def test_a_long_backlog_is_sent_for_as_long_as_it_is_taken(storage: Path, monkey
     assert read_store(storage)["parent"]["status"] == "FINISHED"
 
 
+def test_after_a_signal_the_store_gets_what_is_left_of_the_time(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However readily it answers; and what it is told first is that nothing runs any more."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
+    ledger = Ledger(start_sweep(storage))
+    ledger.report(ledger.ask(), [epoch_record(1, 0.5)])
+    let_go = threading.Event()
+
+    def writes_for_ever(client: MlflowClient, *arguments: Any, **options: Any) -> None:
+        while not let_go.wait(0.05):
+            client.search_experiments()
+            tracker._answered()
+
+    monkeypatch.setattr(MlflowClient, "log_text", writes_for_ever)
+    tracker = Tracker(ledger, tracking_uri(storage, ""))
+    wait_for(lambda: 0 in noted_runs(storage / "first"))
+    began = time.monotonic()
+    tracker.close(spent=False, within=4)
+    assert 3.5 < time.monotonic() - began < 8
+    assert tracker.problem == "it had no time to be brought up to date"
+    store = read_store(storage)
+    let_go.set()
+    tracker._thread.join(30)
+    assert {key: run["status"] for key, run in store.items()} == {"parent": "SCHEDULED", "0": "SCHEDULED"}
+
+
 def test_a_server_that_is_not_there_is_reported(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -146,11 +146,14 @@ def check_cluster(sweep: Sweep) -> None:
 
 def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
     from ray import tune
+    from ray.tune.execution import class_cache
 
     from tune.scheduler import LedgerScheduler
     from tune.searcher import LedgerSearcher
     from tune.trial import TrialActor
 
+    passed_on: set[str] = class_cache.ENV_VARS_TO_PROPAGATE  # to the workers, by way of an agent that logs their values
+    passed_on -= {name for name in passed_on if name.startswith("AWS_")}
     scratch = tempfile.mkdtemp(prefix="noisy-label-search-")
     try:
         tuner = tune.Tuner(

@@ -65,7 +65,8 @@ def exhaust_gpu(fit: FrameType) -> None:
 
 
 def swallow(fit: FrameType) -> None:
-    """More and more memory, until something stops the process."""
+    """More and more memory, in a control group that has little of it."""
+    Path(os.environ["FAULTS_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
     held: list[Any] = []
     while True:
         held.append(b"x" * (1 << 24))
