@@ -516,6 +516,27 @@ def test_the_leaderboard_is_complete_then_stopped_then_running_then_failed(tmp_p
     assert list(board[0]) == keys.split()
 
 
+def test_the_leaderboard_that_grew_with_the_sweep_is_the_sorted_one(tmp_path: Path) -> None:
+    """Kept in order as trials end, in whatever order that is: the same as in a ledger that is opened afterwards."""
+    sweep = make_sweep(tmp_path, trials=40, epochs=9)
+    desk = open_desk(sweep, concurrent=5)
+    play(desk, keep={7, 21})
+    board = desk.ledger.leaderboard()
+    words = ["complete", "stopped", "running"]
+    assert {record.word for record in board} == set(words)
+
+    def key(record: Record) -> tuple[int, int, float, int]:
+        epochs = record.epochs if record.word == "stopped" else 0
+        value = record.objectives[record.epochs] if record.word != "running" else 0.0
+        return words.index(record.word), -epochs, -value, record.number
+
+    assert [record.number for record in board if record.word != "running"] == [
+        record.number for record in sorted(board, key=key) if record.word != "running"
+    ]
+    assert [record.number for record in board] == [record.number for record in Ledger(sweep, read_only=True).leaderboard()]
+    assert desk.ledger.best() is board[0]
+
+
 def test_only_a_complete_trial_is_best(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     ledger = Ledger(sweep)

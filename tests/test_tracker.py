@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
 
 from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines
+from tune import report
 from tune import tracker as tracker_module
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
@@ -230,6 +232,22 @@ def test_drawing_says_nothing_on_the_screen(tmp_path: Path) -> None:
         page = plots_page(ledger)
     assert not said
     assert page.count("Plotly.newPlot") == 4
+
+
+def test_the_plots_of_a_large_sweep_show_its_best_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(start_sweep(tmp_path, trials=20))
+    play(ledger, 20)
+    monkeypatch.setattr(report, "PLOTTED", 5)
+    drawn: list[list[int]] = []
+    real = optuna.visualization.plot_parallel_coordinate
+
+    def plot(study: optuna.Study) -> Any:
+        drawn.append(sorted(round(trial.datetime_start.timestamp() * 1e6) for trial in study.trials if trial.datetime_start))
+        return real(study)
+
+    monkeypatch.setattr(optuna.visualization, "plot_parallel_coordinate", plot)
+    assert plots_page(ledger).startswith("<!doctype html>")
+    assert drawn == [sorted(round(record.started * 1e6) for record in ledger.leaderboard()[:5])]
 
 
 def test_a_configuration_comes_back_from_its_file_or_is_refused(storage: Path, tmp_path: Path) -> None:
