@@ -241,7 +241,8 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     if interruption.signal:
                         sweep.files.hurry()
                     for tracker in trackers:
-                        tracker.close(spent=tracker.ledger.spent, patience=5 if interruption.signal else 30)
+                        patience = 5 if interruption.signal or desk.problem else 30
+                        tracker.close(spent=tracker.ledger.spent, patience=patience)
         if kind == SWEEP and (best := ledger.best()):
             try:
                 sweep.files.write("best_config.yaml", best_config_text(ledger, best))
