@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tune.driver import Interruption
 from tune.files import LOCK, Unreachable
 from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
+from tune.recipes import dataset
 from tune.report import rows, sweep_lines
 from tune.spec import Sweep
 from tune.tracker import Projection, noted_runs
@@ -435,6 +437,43 @@ def test_a_database_that_stays_away_stops_the_sweep(
     check_whole(sweep, 3, 3)
 
 
+def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
+    own_server: Postgres,
+    tmp_path: Path,
+    migrated_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither the last file that is to be written nor the leaderboard that cannot be shown takes its place."""
+    monkeypatch.setattr(database_module, "RETRY_SECONDS", 1.0)
+    (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
+    home = DatabaseHome(own_server.new_database(), tmp_path)
+    sweep = make_sweep(home, trials=3, epochs=2, scheduler="none")
+    replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint}).write()
+
+    def run(desk: Desk, *rest: object) -> None:
+        desk.concurrent = 1
+        play_one(desk)
+        own_server.stop()
+        play_one(desk)
+
+    def play_one(desk: Desk) -> None:
+        record = desk.next("a")
+        if record != FINISHED:
+            desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
+            desk.ended("a")
+
+    monkeypatch.setattr("tune.executor.run", run)
+    assert search.main(["resume", "first", "--ledger", home.place]) == 1
+    own_server.start()
+    said = capsys.readouterr()
+    assert "warning: the leaderboard cannot be shown: database " in said.err
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
+    assert last.endswith(f"; go on with: python search.py resume first --ledger '{home.place}'")
+    assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"]
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
 def test_away_for_good_at_each_single_write(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
     """The sweep halts, and the next driver finds nothing lost or doubled, whether the last write was carried out or not."""
@@ -552,7 +591,7 @@ def test_launched_killed_and_resumed_without_a_shared_file_system(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOISY_LABEL_LEDGER", url)
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
-    (tmp_path / "spec.yaml").write_text("{trials: 4, epochs: 12, checkpoint_seconds: 0, report_seconds: 0.2, scheduler: none}")
+    (tmp_path / "spec.yaml").write_text("{trials: 4, epochs: 24, checkpoint_seconds: 0, report_seconds: 0.2, scheduler: none}")
     home, log = DatabaseHome(url, None), tmp_path / "log"
     flags = ["--storage", f"{s3}/runs", "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}", "--concurrent", 2]
     launched = start(log, "launch", "far", "--spec", tmp_path / "spec.yaml", "--model", "mlp", *flags)
@@ -567,13 +606,18 @@ def test_launched_killed_and_resumed_without_a_shared_file_system(
     assert str(sweep.folder) == "s3://bucket/runs/far"
     saved = {int(name) for name in names(sweep.folder / "checkpoints")}
     assert saved
-    before = {record.number: record.epochs for record in Ledger(sweep, read_only=True).records.values()}
-    resumed = process("resume", "far")
-    for number in saved:
-        assert f"trial {number} alr goes on from epoch {before[number]}" in resumed.stdout
+    before = [record for record in Ledger(sweep, read_only=True).unfinished() if record.epochs]
+    assert {record.number for record in before} <= saved
+    for _ in range(4):
+        resumed = process("resume", "far", check=None)
+        if "Ray did not start" not in resumed.stderr:  # this machine may be busy; nothing is lost by that
+            break
+    assert resumed.returncode == 0, resumed.stderr
+    for record in before:
+        assert f"trial {record.number} alr goes on from epoch {record.epochs}" in resumed.stdout
     assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * 4
     recorded = sorted((record["trial"], record["epoch"]) for record in home.files("far").lines("metrics.jsonl").read())
-    assert recorded == [(trial, epoch) for trial in range(4) for epoch in range(1, 13)]
+    assert recorded == [(trial, epoch) for trial in range(4) for epoch in range(1, 25)]
     board = json.loads(process("best", "far", "--json").stdout)
     assert [row["state"] for row in board] == ["complete"] * 4
     assert all(row["mlflow_run_id"] for row in board)

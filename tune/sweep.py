@@ -259,7 +259,8 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     if interruption.signal:
                         sweep.files.hurry()
                     for tracker in trackers:
-                        tracker.close(spent=tracker.ledger.spent, within=interruption.left())
+                        patience = 5 if desk.problem else 30
+                        tracker.close(spent=tracker.ledger.spent, patience=patience, within=interruption.left())
         if kind == SWEEP and (best := ledger.best()):
             try:
                 sweep.files.write("best_config.yaml", best_config_text(ledger, best))
