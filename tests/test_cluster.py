@@ -315,6 +315,37 @@ def test_a_node_that_does_not_answer(played: Played, tmp_path: Path) -> None:
     assert not desk.halted.is_set()
 
 
+class Waiting(SimpleNamespace):
+    """A trial of Tune's that has no actor yet."""
+
+    def init_local_path(self) -> None:
+        self.folder = True
+
+
+def test_a_free_actor_is_for_the_newest_trial(tmp_path: Path) -> None:
+    """The older ones have actors that are starting, which Tune would break off; a halt lets go of all that wait."""
+    from tune.scheduler import LedgerScheduler
+
+    desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=4)
+    trials = {key: Waiting(trial_id=key, status="PENDING", folder=False) for key in ("z", "a", "m")}
+    for key in trials:
+        desk.next(key)
+    stopped: list[str] = []
+
+    def stop_trial(trial: Waiting) -> None:
+        assert trial.folder, "Tune's summary asks for the folder"
+        stopped.append(trial.trial_id)
+
+    controller = SimpleNamespace(get_live_trials=lambda: list(trials.values()), stop_trial=stop_trial)
+    scheduler = LedgerScheduler(desk)
+    assert scheduler.choose_trial_to_run(controller) is trials["m"]
+    trials["m"].status = "RUNNING"
+    assert scheduler.choose_trial_to_run(controller) is trials["a"]
+    desk.halted.set()
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert sorted(stopped) == ["a", "z"]
+
+
 # -- real nodes -------------------------------------------------------------------------------------------------------
 
 
