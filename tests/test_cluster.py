@@ -315,6 +315,37 @@ def test_a_node_that_does_not_answer(played: Played, tmp_path: Path) -> None:
     assert not desk.halted.is_set()
 
 
+class Waiting(SimpleNamespace):
+    """A trial of Tune's that has no actor yet."""
+
+    def init_local_path(self) -> None:
+        self.folder = True
+
+
+def test_a_free_actor_is_for_the_newest_trial(tmp_path: Path) -> None:
+    """The older ones have actors that are starting, which Tune would break off; a halt lets go of all that wait."""
+    from tune.scheduler import LedgerScheduler
+
+    desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=4)
+    trials = {key: Waiting(trial_id=key, status="PENDING", folder=False) for key in ("z", "a", "m")}
+    for key in trials:
+        desk.next(key)
+    stopped: list[str] = []
+
+    def stop_trial(trial: Waiting) -> None:
+        assert trial.folder, "Tune's summary asks for the folder"
+        stopped.append(trial.trial_id)
+
+    controller = SimpleNamespace(get_live_trials=lambda: list(trials.values()), stop_trial=stop_trial)
+    scheduler = LedgerScheduler(desk)
+    assert scheduler.choose_trial_to_run(controller) is trials["m"]
+    trials["m"].status = "RUNNING"
+    assert scheduler.choose_trial_to_run(controller) is trials["a"]
+    desk.halted.set()
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert sorted(stopped) == ["a", "z"]
+
+
 # -- real nodes -------------------------------------------------------------------------------------------------------
 
 
@@ -410,13 +441,17 @@ def test_a_storage_of_one_node_alone(nodes: RayNodes, storage: Path) -> None:
         hidden.end()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @pytest.mark.slow
 def test_a_job_is_submitted_and_stopped(storage: Path) -> None:
     """``ray job submit`` with a working directory; ``ray job stop`` ends as Ctrl-C does; a second job goes on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = RayNodes(num_cpus=2, include_dashboard=True, dashboard_port=port)
+    port, agents_port = free_port(), free_port()  # the usual ones may be another cluster's
+    nodes = RayNodes(num_cpus=2, include_dashboard=True, dashboard_port=port, dashboard_agent_listen_port=agents_port)
     folder = storage / "job"
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job"]
     server = ["--address", f"http://127.0.0.1:{port}"]
@@ -427,10 +462,10 @@ def test_a_job_is_submitted_and_stopped(storage: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         return done.stdout + done.stderr
 
-    def submit(name: str, *command: object) -> str:
+    def submit(name: str, *command: object) -> None:
         own = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "NOISY_LABEL_CACHE": os.environ["NOISY_LABEL_CACHE"]}}
         options = ("--no-wait", "--submission-id", name, "--working-dir", ROOT, "--runtime-env-json", json.dumps(own))
-        return job("submit", *options, "--", sys.executable, "search.py", *command)
+        until(name, lambda: "submitted successfully" in job("submit", *options, "--", sys.executable, "search.py", *command))
 
     def until(name: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 240
@@ -439,18 +474,18 @@ def test_a_job_is_submitted_and_stopped(storage: Path) -> None:
             time.sleep(1)
 
     try:
-        refused = submit("here", "launch", "job", "--trials", 1)
-        until("here", lambda: "FAILED" in job("status", "here"))
-        assert "Ray removes this folder" in job("logs", "here"), refused
+        submit("here", "launch", "job", "--trials", 1)
+        until("here", lambda: "'here' failed" in job("status", "here"))
+        assert "Ray removes this folder" in job("logs", "here")
         options = ("--method", "ce", "--model", "mlp", "--trials", 500, "--epochs", 24)
-        submitted = submit("first", "launch", "job", "--storage", storage, *options)
+        submit("first", "launch", "job", "--storage", storage, *options)
         until("first", lambda: len(metric_lines(folder)) >= 4)
         job("stop", "first")
         said = job("logs", "first")
-        assert f"python search.py resume job --storage {storage}" in said.splitlines()[-1], (submitted, said)
+        assert f"python search.py resume job --storage {storage}" in said.splitlines()[-1], said
         num_begun = len(board(storage, "job"))
         submit("second", "resume", "job", "--storage", storage, "--trials", num_begun)
-        until("second", lambda: "SUCCEEDED" in job("status", "second"))
+        until("second", lambda: "'second' succeeded" in job("status", "second"))
         rows = board(storage, "job")
         assert_whole(folder, rows, num_begun)
         assert_projected(storage, "job", rows)
