@@ -599,6 +599,7 @@ def test_launched_killed_and_resumed_without_a_shared_file_system(
     metrics = home.files("far").lines("metrics.jsonl")
     seen: list[dict[str, Any]] = []
     wait_until(lambda: seen.extend(metrics.read()) or len(seen) >= 4, launched, log)
+    launched.send_signal(signal.SIGSTOP)  # it holds the sweep and does not get ahead meanwhile
     assert "is being run by process" in process("resume", "far", check=2).stderr
     launched.kill()
     launched.wait()

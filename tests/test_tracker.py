@@ -598,7 +598,7 @@ def test_after_a_signal_the_store_gets_what_is_left_of_the_time(storage: Path, m
 
     monkeypatch.setattr(MlflowClient, "log_text", writes_for_ever)
     tracker = Tracker(ledger, tracking_uri(storage, ""))
-    wait_for(lambda: 0 in noted_runs(storage / "first"))
+    wait_for(lambda: 0 in noted_runs(ledger))
     began = time.monotonic()
     tracker.close(spent=False, within=4)
     assert 3.5 < time.monotonic() - began < 8
