@@ -1,0 +1,138 @@
+"""A real MLflow server over PostgreSQL that keeps the artifacts, behind a door that asks for who comes in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.postgres import Postgres
+from tests.sweeps import make_sweep, play
+from tune.checks import check_tracking
+from tune.desk import Desk
+from tune.ledger import Ledger
+from tune.tracker import Projection, Tracker
+
+SECRET = "correct-horse-battery"
+BASIC = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
+LOGINS = {
+    BASIC: {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": SECRET},
+    f"Bearer {SECRET}": {"MLFLOW_TRACKING_TOKEN": SECRET},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server whose runs are in PostgreSQL and whose artifacts are in a folder of its own."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", postgres.new_database(), "--artifacts-destination", str(folder / "artifacts")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+    yield address
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(params=LOGINS, ids=["user and password", "token"])
+def door(request: pytest.FixtureRequest, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A proxy in front of the server that lets in one login, which is in the environment; ``/health`` is for everybody."""
+
+    class Door(BaseHTTPRequestHandler):
+        def do(self) -> None:
+            if self.path != "/health" and self.headers.get("Authorization") != request.param:
+                self.send_error(401)
+                return
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            passed = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "authorization")}
+            asked = urllib.request.Request(server + self.path, content or None, passed, method=self.command)
+            try:
+                answer = urllib.request.urlopen(asked, timeout=60)
+            except urllib.error.HTTPError as error:
+                answer = error
+            body = answer.read()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers.get("Content-Type", ""))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do  # noqa: N815  the names that http.server looks for
+
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+    for name in (name for login in LOGINS.values() for name in login):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in LOGINS[request.param].items():
+        monkeypatch.setenv(name, value)
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_address[1]}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+def test_a_sweep_is_projected_with_a_login_from_the_environment(
+    door: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    check_tracking(door)
+    name = request.node.callspec.id.replace(" ", "-")
+    sweep = make_sweep(tmp_path, name, trials=3)
+    ledger = Ledger(sweep)
+    play(Desk(ledger, total=3, concurrent=2))
+    projection = Projection(ledger, door)
+    projection.close(spent=True)
+    client = MlflowClient(tracking_uri=door)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    assert experiment.artifact_location.startswith("mlflow-artifacts:")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    assert len(runs) == 4
+    client.download_artifacts(projection.parent, "leaderboard.json", str(tmp_path))
+    assert [row["trial"] for row in json.loads((tmp_path / "leaderboard.json").read_text())] == [
+        record.number for record in ledger.leaderboard()
+    ]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_without_the_login_the_sweep_says_that_mlflow_is_behind(
+    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (name for login in LOGINS.values() for name in login):
+        monkeypatch.delenv(name, raising=False)
+    tracker = Tracker(Ledger(make_sweep(tmp_path)), door)
+    tracker.close(spent=True, patience=2)
+    assert "401" in tracker.problem
