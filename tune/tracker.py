@@ -36,12 +36,13 @@ NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
 
 
 def quiet() -> None:
-    """Telemetry off unless the user turned it on; dead servers answer within seconds; its messages are errors only."""
+    """Telemetry off unless the user turned it on; dead servers answer within seconds; what it raises is
+    not logged by it as well."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
