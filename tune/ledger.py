@@ -267,7 +267,9 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        self.study.tell(record.number, values=values, state=state)
+        self.study.tell(
+            optuna.Trial(self.study, record.trial_id), values=values, state=state
+        )  # by its number: a walk through all
         ended = self.study._storage.get_trial(record.trial_id).datetime_complete
         assert ended is not None
         with self.lock:
