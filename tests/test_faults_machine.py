@@ -137,5 +137,5 @@ def test_processes_that_ray_ends_for_the_nodes_memory(
         assert sweep.process.wait(60) == 130
         (failed, *_) = [row for row in board(sweep.storage, "faulty") if row["state"] == "failed"]
         last = failed["error"].splitlines()[-1]
-        assert last.startswith("lost its process 3 times; the last epoch reported was 0; the last time Ray says: ")
+        assert last.startswith("lost its process 3 times in a row; the last epoch reported was 0; the last time Ray says: ")
         assert "killed due to the node running low on memory" in last

@@ -279,13 +279,15 @@ class Ledger:
             bisect.insort(self._ranked, record, key=_rank)
 
     def lost(self, record: Record) -> bool:
-        """Counts a lost process. Returns whether the trial may run again; otherwise it has failed."""
-        count = record.attrs.get("lost", 0) + 1
-        self._set_attr(record, "lost", count)
+        """Counts a lost process; from 1 again where the trial got ahead since the last one, as one does that is preempted now
+        and then. Returns whether it may run again; otherwise it has failed."""
+        count, epochs = record.attrs.get("lost", (0, 0))
+        count = count + 1 if record.epochs == epochs else 1
+        self._set_attr(record, "lost", [count, record.epochs])
         if count < MAX_LOST:
             return True
         details, _, why = record.loss.rpartition("\n")
-        error = f"lost its process {count} times; the last epoch reported was {record.epochs}"
+        error = f"lost its process {count} times in a row; the last epoch reported was {record.epochs}"
         self.fail(record, "\n".join(filter(None, [details, f"{error}; the last time {why}" if why else error])))
         return False
 

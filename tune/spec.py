@@ -20,7 +20,7 @@ from models import MODELS
 from training.locations import Location
 from tune.files import NAME, RECORD, FolderFiles, FolderHome, Home, SweepFiles, as_home
 
-MAX_LOST = 3  # processes that a trial may lose before it counts as failed
+MAX_LOST = 3  # processes that a trial may lose without a new epoch in between before it counts as failed
 MAX_FAILURES = 5  # failed trials in a row that stop a sweep
 KEPT_CHECKPOINTS = 5  # finished trials whose checkpoint is kept
 
