@@ -267,9 +267,8 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        self.study.tell(
-            optuna.Trial(self.study, record.trial_id), values=values, state=state
-        )  # by its number: a walk through all
+        told = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
+        self.study.tell(told, values=values, state=state)
         ended = self.study._storage.get_trial(record.trial_id).datetime_complete
         assert ended is not None
         with self.lock:
