@@ -214,6 +214,8 @@ def train(options: argparse.Namespace) -> int:
     from training.experiment import Experiment
     from tune.checks import check_compiler
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as a trial with one CPU: sums in another order are other numbers
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_compiler(recipe.compile, device)
     experiment = Experiment(recipe, device=device)
