@@ -155,10 +155,10 @@ def test_a_node_with_a_storage_of_its_own(record: Path) -> None:
 
 
 def test_a_node_that_may_not_write(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: object) -> None:
+    def refuse(path: Path, content: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     said = why_not_here(str(record), record.read_text(), "digits", 0, "")
     assert said == f"cannot write the storage {record.parent.parent}: Permission denied"
 

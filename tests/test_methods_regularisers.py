@@ -530,7 +530,7 @@ def test_projector_and_predictor_have_the_papers_sizes() -> None:
     net = ContrastiveNetwork(Network(nn.Flatten(), 512, 10, 0.0))
     sizes = [(layer.in_features, layer.out_features) for layer in net.modules() if isinstance(layer, nn.Linear)]
     assert sizes == [(512, 10), (512, 2048), (2048, 128), (128, 512), (512, 128)]
-    assert net.encoder(torch.randn(3, 512)).shape == (3, 128)
+    assert net.encoder(torch.randn(3, 512, 1, 1)).shape == (3, 128)
 
 
 def threshold_of(agreement: float, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> float:
