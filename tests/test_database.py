@@ -20,7 +20,7 @@ from tests.postgres import Postgres, dumped
 from tests.sweep_process import end_all, start, wait_until
 from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, in_child, kept_lines, made_up, make_sweep, play, stored_trials
-from training.locations import names
+from training.locations import check_writable, names
 from tune import database as database_module
 from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
 from tune.desk import FINISHED, Desk
@@ -347,6 +347,20 @@ def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:
     with pytest.raises(ValueError, match="second exists and belongs to no sweep in postgresql://"):
         make_sweep(home, "second")
     assert home.names() == ["first"]
+
+
+def test_a_launch_that_is_refused_leaves_nothing_in_the_way(home: DatabaseHome) -> None:
+    """As where a node of the cluster cannot run trials: the question to it is a file in the sweep's folder."""
+
+    def refused() -> None:
+        with home.making("first") as (folder, _):
+            check_writable(folder)
+            raise ValueError("a node cannot read the data")
+
+    with pytest.raises(ValueError, match="a node cannot read the data"):
+        refused()
+    assert home.names() == []
+    assert make_sweep(home).name == "first"
 
 
 def test_of_a_launch_that_was_killed_nothing_is_left(home: DatabaseHome) -> None:

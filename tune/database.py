@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, errors
 
-from training.locations import Location, location, names
+from training.locations import Location, location, names, remove
 from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
@@ -352,4 +352,8 @@ class DatabaseHome(Home):
             if names(folder) or (isinstance(folder, Path) and folder.exists()):
                 raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed
-            yield folder, files
+            try:
+                yield folder, files
+            except BaseException:
+                remove(folder)
+                raise
