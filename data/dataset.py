@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.cache import Table, open_table
+from data.cache import Table, same_table
 from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, report
 from data.seeds import generator
 from data.sources import TEST, TRAIN, VALIDATION, Options, Source, find_source
@@ -77,6 +77,7 @@ def load(
     test_fraction: float = 0.2,
     num_trusted: int = 0,
     options: Options | None = None,
+    checksum: str = "",
 ) -> Dataset:
     """Splits the source ``data`` and corrupts it with ``noise`` (:func:`data.noise.parse_noise`).
 
@@ -85,11 +86,12 @@ def load(
     Noise falls on all that is not tested at once, so that its count is exact there; with ``none`` a source keeps its own given
     labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``num_trusted`` rows leave the
     training set with their clean labels, as many of each class as of any other (one more of some where it does not divide).
-    ValueError for an unknown name, noise that does not fit the source, or numbers that leave too little.
+    ``checksum``: of the table, where it must be the same as before. ValueError for an unknown name, another table, noise that
+    does not fit the source, or numbers that leave too little.
     """
     source = find_source(data, options)
     wanted = parse_noise(noise).completed(source.maps)
-    table = open_table(source)
+    table = same_table(source, checksum)
     split = _split(source, table, seed, validation_fraction, test_fraction)
     split = _set_trusted_aside(split, table, source, seed, num_trusted)
     rest = torch.cat([split.train, split.trusted, split.validation]).sort().values

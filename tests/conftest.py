@@ -81,6 +81,14 @@ def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def storage(tmp_path: Path, migrated_store: Path) -> Path:
+    """A storage folder with an MLflow store in it."""
+    from tests.sweeps import new_storage
+
+    return new_storage(tmp_path / "runs", migrated_store)
+
+
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory: pytest.TempPathFactory, migrated_store: Path) -> Iterator[FaultySweep]:
     """A sweep that has ended after a trial hung for good, one lost its process and half of its checkpoint, three ran out of

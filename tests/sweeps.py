@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,13 @@ from tune.ledger import Ledger, Record
 from tune.spec import Sweep, make_spec
 
 CREATED = 1_700_000_000.25
+
+
+def new_storage(folder: Path, migrated_store: Path) -> Path:
+    """A storage folder with an MLflow store in it, which a launch would take seconds to make."""
+    folder.mkdir()
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    return folder
 
 
 def make_sweep(home: Path | Home, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:

@@ -22,7 +22,7 @@ from tune.desk import FINISHED, Desk
 from tune.ledger import RETRAIN, Ledger, Record
 from tune.report import cost_metrics, cost_text
 from tune.spec import Sweep
-from tune.sweep import last_words
+from tune.sweep import enqueue_retraining, last_words
 
 SECONDS = 360.0  # of an epoch, a tenth of an hour
 
@@ -329,8 +329,7 @@ def test_a_retraining_is_not_limited(tmp_path: Path) -> None:
     assert best is not None
     (sweep.folder / RETRAIN).mkdir()
     ledger = Ledger(sweep, RETRAIN, create=True)
-    for seed in range(4):
-        ledger.enqueue(best.params, {"source": best.number, "seed": seed, "noise_draw": seed + 1})
+    enqueue_retraining(ledger, [best], 4)
     run_one_after_the_other(Desk(ledger, total=ledger.total, concurrent=1))
     assert ledger.count(TrialState.COMPLETE) == 4
     assert ledger.spent

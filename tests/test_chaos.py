@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +37,7 @@ from tests.sweep_process import (
     start,
     workers,
 )
+from tests.sweeps import new_storage
 from training import checkpoint
 from training.experiment import Experiment
 from tune.ledger import Ledger
@@ -239,9 +239,7 @@ def assert_nothing_left(storage: Path) -> None:
 
 def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int) -> Chaos:
     """A sweep through all its kills to its end, and everything that must hold then."""
-    storage = tmp_path / "runs"
-    storage.mkdir()
-    shutil.copy(migrated_store, storage / "mlflow.db")
+    storage = new_storage(tmp_path / "runs", migrated_store)
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(SPEC | {"trials": trials}))
     server, stream = Server(storage), random.Random(seed)

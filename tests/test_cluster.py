@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -372,14 +371,6 @@ def refused(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def running(storage: Path, name: str) -> int:
     """How many trials are at work."""
     return sum(row["state"] == "running" and row["epochs"] > 0 for row in board(storage, name))
-
-
-@pytest.fixture
-def storage(tmp_path: Path, migrated_store: Path) -> Path:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    return folder
 
 
 def test_nodes_come_and_go(nodes: RayNodes, refused: object, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:

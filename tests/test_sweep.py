@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,14 +37,6 @@ SPEC = {"trials": 5, "epochs": 24, "checkpoint_seconds": 0, "report_seconds": 0.
 def nothing_left_running() -> Iterator[None]:
     yield
     end_all()
-
-
-@pytest.fixture
-def storage(tmp_path: Path, migrated_store: Path) -> Path:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    return folder
 
 
 def spec_file(folder: Path, **changes: object) -> Path:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines
+from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines, new_storage
 from tune import report
 from tune import tracker as tracker_module
 from tune.desk import Desk
@@ -29,17 +29,6 @@ from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name, track
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
 OURS = {"sweep", "sweep_id", "study", "role", "trial", "method", "state", "epochs", "error", "source", "seed", "best_params"}
-
-
-@pytest.fixture
-def storage(tmp_path: Path, migrated_store: Path) -> Path:
-    return new_storage(tmp_path / "runs", migrated_store)
-
-
-def new_storage(folder: Path, migrated_store: Path) -> Path:
-    folder.mkdir()
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    return folder
 
 
 def start_sweep(storage: Path, **fields: Any) -> Sweep:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from data.cache import same_table
 from data.dataset import Dataset, load
 from data.seeds import derive
-from data.sources import Options, find_source
+from data.sources import Options
 from data.table import Labelled
 from data.views import make_views
 from hparams import Value, build
@@ -86,8 +85,6 @@ def _dataset(
     checksum: str,
 ) -> Dataset:
     """Shared by the trials of a reused worker. ValueError where the source is not the one with that checksum."""
-    options = Options(image_size=image_size)
-    same_table(find_source(data, options), checksum)
     return load(
         data,
         noise,
@@ -95,7 +92,8 @@ def _dataset(
         noise_seed=noise_seed,
         validation_fraction=validation_fraction,
         num_trusted=num_trusted,
-        options=options,
+        options=Options(image_size=image_size),
+        checksum=checksum,
     )
 
 

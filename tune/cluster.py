@@ -128,8 +128,7 @@ class Nodes:
         try:
             self._look(patience=0)
         except ValueError as error:
-            desk.problem = desk.problem or str(error)
-            desk.halted.set()
+            desk.halt(str(error))
             return
         desk.concurrent = self.spec.concurrent or self.held
         if self.held:

@@ -86,7 +86,7 @@ class Desk:
             try:
                 record = self.ledger.ask()
             except OSError as error:
-                return self._halt(f"the ledger cannot be written: {error}")
+                return self.halt(f"the ledger cannot be written: {error}")
         else:
             return None if self.live else FINISHED
         if self.began is None:
@@ -127,7 +127,7 @@ class Desk:
         try:
             new = self.ledger.report(record, epochs)
         except OSError as error:
-            self._halt(f"the ledger cannot be written: {error}")
+            self.halt(f"the ledger cannot be written: {error}")
             return False
         for epoch in new:
             verdict = self._judge(record, epoch.epoch)
@@ -166,7 +166,7 @@ class Desk:
             else:
                 self._finish(record)
         except OSError as error:
-            self._halt(f"the ledger cannot be written: {error}")
+            self.halt(f"the ledger cannot be written: {error}")
 
     def _end(self, record: Record, verdict: Verdict) -> None:
         try:
@@ -177,7 +177,7 @@ class Desk:
             else:
                 self.ledger.fail(record, verdict.error)
         except OSError as error:
-            self._halt(f"the ledger cannot be written: {error}")
+            self.halt(f"the ledger cannot be written: {error}")
             return
         self._finish(record)
 
@@ -186,7 +186,7 @@ class Desk:
         self.failures_in_row = self.failures_in_row + 1 if record.state is TrialState.FAIL else 0
         if self.failures_in_row >= MAX_FAILURES:
             reason = record.summary["error"].strip().splitlines()[-1]
-            self._halt(f"{MAX_FAILURES} trials in a row failed; the last one: {reason}")
+            self.halt(f"{MAX_FAILURES} trials in a row failed; the last one: {reason}")
         dropped = [record]
         if record.state is TrialState.COMPLETE:
             self.top = sorted([*self.top, record], key=lambda r: (-(r.value or 0.0), r.number))
@@ -212,7 +212,8 @@ class Desk:
         for record in kept.values():
             self._drop_halves(record)
 
-    def _halt(self, problem: str) -> Finished:
+    def halt(self, problem: str) -> Finished:
+        """Stops the sweep, for the reason that was given first."""
         self.problem = self.problem or problem
         self.halted.set()
         return FINISHED

@@ -79,7 +79,7 @@ class Interruption:
             try:
                 asked = self.request.exists()
             except Unreachable as error:
-                self.desk._halt(str(error))
+                self.desk.halt(str(error))
                 return
             if asked:
                 _thread.interrupt_main(signal.SIGTERM)

@@ -39,10 +39,7 @@ class LedgerSearcher(Searcher):
         return {"trial": json.dumps(self.desk.config(proposal))}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if error:
-            self.desk.lost(trial_id)
-        else:
-            self.desk.ended(trial_id)
+        self.desk.ended(trial_id)  # of one that lost its process the desk has heard from the scheduler
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the state."""
