@@ -110,9 +110,13 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
     """kill -9 on a trial's worker: the sweep goes on by itself and the trial ends under its own number. The storage is given
     relative to the working directory, which the workers do not share: the checkpoints are there all the same."""
     folder, log = storage / "worker", tmp_path / "log"
-    spec = spec_file(tmp_path, trials=3, scheduler="none")
+    spec = spec_file(tmp_path, trials=3, scheduler="none", epochs=60)
     launched = start(log, "launch", "worker", "--storage", storage.name, "--spec", spec, cwd=tmp_path)
-    wait_until(lambda: len(metric_lines(folder)) >= 8, launched, log)
+
+    def both_midway() -> bool:
+        return sum(2 <= len(epochs) < 40 for epochs in epochs_by_trial(folder).values()) == 2
+
+    wait_until(both_midway, launched, log)
     assert list(folder.glob("checkpoints/*/checkpoint.pt"))
     workers(launched.pid)[0].kill()
     assert launched.wait(240) == 0, log.read_text()
