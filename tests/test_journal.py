@@ -401,6 +401,48 @@ def test_a_disk_that_was_full_and_is_free_again(
     assert content(loaded(JournalFileBackend(str(path)))) == content(study)
 
 
+def test_what_belongs_together_is_one_write_or_none(driven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several values of a trial with one durable write; where it fails, Optuna has none of them, either."""
+    path = tmp_path / "journal.log"
+    path.write_bytes(driven.read_bytes())
+    backend = Journal(LineFile(path))
+    study = loaded(backend)
+    trial, synced = study.ask(), 0
+
+    def count(descriptor: int) -> None:
+        nonlocal synced
+        synced += 1
+
+    monkeypatch.setattr(os, "fsync", count)
+    with backend.at_once():
+        for epoch in (1, 2, 3):
+            trial.report(epoch / 4, epoch)
+        assert loaded(Journal(LineFile(path))).trials[trial.number].intermediate_values == {}
+    assert synced == 1
+    values = {1: 0.25, 2: 0.5, 3: 0.75}
+    assert study.trials[trial.number].intermediate_values == values
+    assert loaded(JournalFileBackend(str(path))).trials[trial.number].intermediate_values == values
+
+    def report(*epochs: int, broken: bool = False) -> None:
+        with backend.at_once():
+            for epoch in epochs:
+                study._storage.set_trial_intermediate_value(trial._trial_id, epoch, 1.0)
+            if broken:
+                raise KeyboardInterrupt
+
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        report(4, broken=True)
+    monkeypatch.setattr(os, "write", FullDisk(150))  # room for one of the two
+    with pytest.raises(OSError, match="No space left"):
+        report(4, 5)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert study.trials[trial.number].intermediate_values == values
+    study.tell(trial.number, 0.5)
+    assert content(loaded(Journal(LineFile(path)))) == content(study)
+
+
 def test_a_pickled_storage_reads_the_file_again(driven: Path) -> None:
     backend: Callable[[int], Any] = Journal(LineFile(driven)).read_logs
     first = list(backend(0))

@@ -132,24 +132,39 @@ class Journal(BaseJournalBackend):
     """Optuna's journal in a file of lines."""
 
     def __init__(self, lines: Lines) -> None:
-        self._lines = lines
+        self.lines = lines
+        self._held: list[dict[str, Any]] | None = None
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        if log_number_from < self._lines.line:
-            self._lines.offset = self._lines.line = 0
-        for number, record in enumerate(self._lines.read(), self._lines.line):
+        if log_number_from < self.lines.line:
+            self.lines.offset = self.lines.line = 0
+        for number, record in enumerate(self.lines.read(), self.lines.line):
             if number >= log_number_from:
                 yield record
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._lines.append(logs)
+        if self._held is None:
+            self.lines.append(logs)
+        else:
+            self._held += logs
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is appended within becomes one append at the end; Optuna sees it from then on. OSError where it is not taken."""
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+        self.lines.append(held)
 
 
-def open_storage(lines: Lines) -> JournalStorage:
+def open_storage(journal: Journal) -> JournalStorage:
     """Optuna's storage over a journal. DamagedFile, with its number, for a record that is none of Optuna's."""
     try:
-        return JournalStorage(Journal(lines))
+        return JournalStorage(journal)
     except DamagedFile:
         raise
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        lines = journal.lines
         raise DamagedFile(f"{lines.place}: line {lines.line} is damaged; the file was left as it is") from error

@@ -23,7 +23,7 @@ from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
 from tune.budget import HOUR, Account, Budget, Spent
-from tune.journal import DamagedFile, Lines, open_storage
+from tune.journal import DamagedFile, Journal, Lines, open_storage
 from tune.sampler import GroupedTPE
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
@@ -96,7 +96,7 @@ class Ledger:
         self.states: Counter[TrialState] = Counter()
         self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
-        self.journal = sweep.files.lines("journal.log")
+        self.journal = Journal(sweep.files.lines("journal.log"))
         storage = open_storage(self.journal)
         self.kinds = {study.study_name for study in storage.get_all_studies()}  # that the journal holds
         if create and kind not in self.kinds:
@@ -136,7 +136,7 @@ class Ledger:
             if record is None:
                 continue
             if epoch.epoch not in record.objectives and not record.finished and not self.read_only:
-                self._set_objective(record, epoch)
+                self._set_objectives(record, [epoch])
             self._note(record, epoch)
 
     def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
@@ -151,7 +151,9 @@ class Ledger:
                 method, values = self.space.read(trial.params)
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
-                lost = f"{self.journal.place}: what it says of trial {trial.number} is damaged; the file was left as it is"
+                lost = (
+                    f"{self.journal.lines.place}: what it says of trial {trial.number} is damaged; the file was left as it is"
+                )
                 raise DamagedFile(lost) from error
             method, values = str(trial.params.get("method", self.space.methods[0])), {}  # its proposal is being written
         started = trial.datetime_start or trial.datetime_complete
@@ -230,15 +232,18 @@ class Ledger:
         new = [epoch for epoch in epochs if epoch.epoch not in record.objectives]
         if new:
             self.metrics.append([{"trial": record.number, **dataclasses.asdict(epoch)} for epoch in new])
+            self._set_objectives(record, new)
         for epoch in new:
-            self._set_objective(record, epoch)
             self._note(record, epoch)
         return new
 
-    def _set_objective(self, record: Record, epoch: EpochRecord) -> None:
-        self.study._storage.set_trial_intermediate_value(record.trial_id, epoch.epoch, epoch.objective)
-        record.objectives[epoch.epoch] = epoch.objective
-        record.epochs = max(record.epochs, epoch.epoch)
+    def _set_objectives(self, record: Record, epochs: list[EpochRecord]) -> None:
+        with self.journal.at_once():
+            for epoch in epochs:
+                self.study._storage.set_trial_intermediate_value(record.trial_id, epoch.epoch, epoch.objective)
+        for epoch in epochs:
+            record.objectives[epoch.epoch] = epoch.objective
+            record.epochs = max(record.epochs, epoch.epoch)
 
     def _note(self, record: Record, epoch: EpochRecord) -> None:
         record.spent = self.account.add(epoch)
