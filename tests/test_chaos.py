@@ -1,4 +1,4 @@
-"""Drivers, workers and the MLflow server killed at random moments of one sweep, which is resumed each time.
+"""Drivers, workers, nodes and the MLflow server killed at random moments of one sweep, which is resumed each time.
 
 Then everything is compared with what nobody disturbed: each trial's recipe, trained again in this process from its first epoch.
 """
@@ -12,11 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import yaml
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
     PATIENCE,
     assert_projected,
@@ -35,7 +38,6 @@ from tests.sweep_process import (
     end_all,
     metric_lines,
     start,
-    workers,
 )
 from tests.sweeps import new_storage
 from training import checkpoint
@@ -44,8 +46,9 @@ from tune.ledger import Ledger
 from tune.recipes import of_trial
 from tune.spec import KEPT_CHECKPOINTS, Sweep
 
-SPEC = {"epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "concurrent": 2, "reduction_factor": 2}
-MARK = "NOISY_LABEL_CHAOS"  # in the environment of every process that a driver of ours starts
+SPEC = {"epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}
+NUM_NODES = 2  # of one trial each, where the sweep runs on a cluster
+MARK = "NOISY_LABEL_CHAOS"  # in the environment of every process that a driver or the cluster starts
 TIMED = {"seconds", "samples_per_second"}  # metrics that no replay repeats
 OURS_SECONDS, RAYS_SECONDS = 10, 180  # after the end of the sweep
 
@@ -97,6 +100,8 @@ class Chaos:
     log: Path
     server: Server
     stream: random.Random
+    mark: str
+    nodes: RayNodes | None
     driver: subprocess.Popen[str] | None = None
     kills: Counter[str] = field(default_factory=Counter)
     repeated: int = 0  # epochs that stood in the metrics, but in no checkpoint, when their process was killed
@@ -153,16 +158,22 @@ class Chaos:
             self.repeated += self.behind().total()
             self.run("resume", "chaos")
             self.until(self.epochs_more(1))
-        elif kind == "worker":
-            self.until(lambda: bool(workers(driver.pid)))
+        elif kind == "server":
+            self.server.kill()
+        else:
+            self.until(lambda: bool(trials_of(self.mark)))
             behind, recorded, num_before, others = self.behind(), self.recorded(), len(self.lost()), self.epochs_more(10)
-            self.stream.choice(workers(driver.pid)).kill()
-            self.until(lambda: len(self.lost()) > num_before or others())  # or that worker had no trial just then
+            if kind == "worker":
+                self.stream.choice(trials_of(self.mark)).kill()
+            else:
+                assert self.nodes
+                self.nodes.tell("kill")
+            self.until(lambda: len(self.lost()) > num_before or others())  # or no trial was there just then
+            if self.nodes and kind == "node":
+                self.nodes.tell("add", 1)
             for hit in self.lost()[num_before:]:
                 self.repeated += behind[hit]
                 self.until(lambda: self.recorded()[hit] > recorded[hit])  # noqa: B023  called here
-        else:
-            self.server.kill()
         self.kills[kind] += 1
         self.seconds_lost[kind].append(time.monotonic() - began)
 
@@ -177,7 +188,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes that a driver of this test has started, and the drivers."""
+    """The drivers of this test, its cluster, and the processes that they have started."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -188,21 +199,35 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def is_ours(process: psutil.Process) -> bool:
-    """A driver, or a worker in which trials ran; the rest are Ray's own."""
-    try:
-        words = " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-    return "search.py" in words or words.startswith("ray::") or "default_worker.py" in words
+def with_words(mark: str, *words: str) -> list[psutil.Process]:
+    """Those whose command line holds one of the words."""
+    found = []
+    for process in marked(mark):
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if any(word in line for word in words):
+                found.append(process)
+    return found
 
 
-def assert_gone(mark: str, began: float) -> None:
-    """No process of ours some seconds after the end, and none of Ray's some minutes after it."""
-    for seconds, what in ((OURS_SECONDS, is_ours), (RAYS_SECONDS, lambda process: True)):
-        while left := [process for process in marked(mark) if what(process)]:
-            assert time.monotonic() < began + seconds, left
-            time.sleep(0.2)
+def trials_of(mark: str) -> list[psutil.Process]:
+    """The processes in which trials run."""
+    return with_words(mark, "Trainable")
+
+
+def assert_gone(mark: str, nodes: RayNodes | None) -> None:
+    """After a sweep, no process of ours some seconds later, and none of Ray's some minutes later. A cluster stays until it is
+    ended, and may keep idle workers for whoever comes next."""
+    of_a_worker = ("Trainable",) if nodes else ("ray::", "default_worker.py")
+    began = time.monotonic()
+    while left := with_words(mark, "search.py", *of_a_worker):
+        assert time.monotonic() < began + OURS_SECONDS, left
+        time.sleep(0.2)
+    if nodes:
+        nodes.end()
+    while left := marked(mark):
+        assert time.monotonic() < began + RAYS_SECONDS, left
+        time.sleep(0.2)
 
 
 def assert_undisturbed(storage: Path) -> None:
@@ -223,7 +248,8 @@ def assert_undisturbed(storage: Path) -> None:
 
 
 def assert_nothing_left(storage: Path) -> None:
-    """In the study no trial is RUNNING; on disk are the best few trials' checkpoints and no other file than a sweep has."""
+    """In the study no trial is RUNNING; on disk are the best few trials' checkpoints and no other file than a sweep has, and
+    nothing in the temporary folder."""
     backend = optuna.storages.JournalStorage(JournalFileBackend(str(storage / "chaos" / "journal.log")))
     trials = optuna.load_study(study_name="sweep", storage=backend).get_trials(deepcopy=False)
     assert all(trial.state.is_finished() for trial in trials)
@@ -234,19 +260,28 @@ def assert_nothing_left(storage: Path) -> None:
     assert held == names | {f"{name}/checkpoint.pt" for name in names}
     files = {path.name for path in (storage / "chaos").iterdir()} - {"checkpoints"}
     assert files == {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "best_config.yaml"}
+    sweep = Sweep.find(storage, "chaos").provenance["id"]
+    assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{sweep}*")), "what Tune wrote"
     assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
 
 
 def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int) -> Chaos:
-    """A sweep through all its kills to its end, and everything that must hold then."""
+    """A sweep through all its kills to its end, and everything that must hold then. It is on a cluster where nodes are killed,
+    else on this machine alone."""
     storage = new_storage(tmp_path / "runs", migrated_store)
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(SPEC | {"trials": trials}))
     server, stream = Server(storage), random.Random(seed)
-    server.start()
+    nodes = RayNodes(num_cpus=0) if "node" in kills else None
     try:
-        state = Chaos(storage, tmp_path / "log", server, stream)
-        state.run("launch", "chaos", "--spec", spec, "--tracking", server.uri)
+        server.start()
+        where = ["--concurrent", 2]
+        if nodes:
+            where = ["--address", nodes.address]
+            for _ in range(NUM_NODES):
+                nodes.tell("add", 1)
+        state = Chaos(storage, tmp_path / "log", server, stream, mark, nodes)
+        state.run("launch", "chaos", "--spec", spec, "--tracking", server.uri, *where)
         state.until(lambda: state.folder.exists() and bool(metric_lines(state.folder)))
         for kind in kills:
             state.until(state.epochs_more(stream.randint(1, 6)))
@@ -258,31 +293,37 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
             server.start()
         assert state.driver
         assert state.driver.wait(PATIENCE * 4) == 0, state.log.read_text()
-        ended = time.monotonic()
+        assert_gone(mark, nodes)
         rows = board(storage, "chaos")
         assert_whole(state.folder, rows, trials)
         assert_projected(storage, "chaos", rows, uri=server.uri)
         assert_nothing_left(storage)
-        assert_gone(mark, ended)
         assert_undisturbed(storage)
     finally:
         server.kill()
+        if nodes:
+            nodes.end()
     return state
 
 
 def test_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
-    state = survive(tmp_path, migrated_store, mark, ["worker", "server", "driver", "worker"], trials=8, seed=0)
-    assert state.kills == {"worker": 2, "driver": 1, "server": 1}
+    kills = ["worker", "server", "node", "driver"]
+    state = survive(tmp_path, migrated_store, mark, kills, trials=8, seed=0)
+    assert state.kills == Counter(kills)
 
 
 @pytest.mark.slow
-def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    "counts",
+    [{"driver": 8, "worker": 10, "server": 6}, {"driver": 6, "worker": 6, "node": 8, "server": 4}],
+    ids=["one machine", "a cluster"],
+)
+def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str, counts: dict[str, int]) -> None:
     """Prints its figures: with ``-s`` they are seen."""
-    stream = random.Random(1)
-    kills = ["driver"] * 8 + ["worker"] * 10 + ["server"] * 6
-    stream.shuffle(kills)
+    kills = list(Counter(counts).elements())
+    random.Random(1).shuffle(kills)
     state = survive(tmp_path, migrated_store, mark, kills, trials=60, seed=1)
-    assert state.kills == {"worker": 10, "driver": 8, "server": 6}
+    assert state.kills == counts
     print(f"\nkills: {dict(state.kills)}; epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
     for kind, seconds in state.seconds_lost.items():
         print(f"{kind}: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")

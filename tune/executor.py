@@ -144,6 +144,14 @@ def check_cluster(sweep: Sweep) -> None:
         ray.shutdown()
 
 
+def own_folder(sweep: str) -> Path:
+    """A folder for what Tune writes, which nobody reads. Those that killed drivers of the sweep left on this machine go."""
+    prefix = f"noisy-label-search-{sweep}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix))
+
+
 def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
     from ray import tune
     from ray.tune.execution import class_cache
@@ -154,7 +162,7 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
 
     passed_on: set[str] = class_cache.ENV_VARS_TO_PROPAGATE  # to the workers, by way of an agent that logs their values
     passed_on -= {name for name in passed_on if name.startswith("AWS_")}
-    scratch = tempfile.mkdtemp(prefix="noisy-label-search-")
+    scratch = own_folder(desk.ledger.sweep.provenance["id"])
     try:
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
@@ -168,7 +176,7 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
             ),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),

@@ -164,8 +164,7 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)
-    num_begun = len(Ledger(sweep, read_only=True).records)
-    if spec.trials < min(num_begun, sweep.spec.trials):
+    if spec.trials < sweep.spec.trials and spec.trials < (num_begun := len(Ledger(sweep, read_only=True).records)):
         raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
     sweep = dataclasses.replace(sweep, spec=spec)
     if changes:
