@@ -20,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_A_TIME = 2
+# what looks for garbage at the end takes half a second each
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 FAILED = 1  # pytest: tests ran and failed; a mutant that cannot even be imported ends with another code
 
 
@@ -63,7 +65,7 @@ def become(mutation: Mutation, log: Path) -> int:
     importlib.machinery.SourceFileLoader.get_code = (  # type: ignore[method-assign]
         lambda self, name: code if self.path == path else original(self, name)
     )
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(ROOT / mutation.test)]))
+    return int(pytest.main([*OPTIONS, str(ROOT / mutation.test)]))
 
 
 def examined(mutations: list[Mutation], folder: Path) -> Iterator[tuple[Mutation, int, str]]:
@@ -85,6 +87,9 @@ def examined(mutations: list[Mutation], folder: Path) -> Iterator[tuple[Mutation
 def main() -> None:
     import hypothesis  # noqa: F401  what a test imports anyway is imported once, before the forks
     import torch
+
+    import tests.postgres  # noqa: F401
+    import training.locations  # noqa: F401
 
     torch.set_num_threads(1)
     torch.testing.assert_close(torch.ones(1), torch.ones(1))  # it imports sympy at its first call: seconds, so before the forks

@@ -17,12 +17,12 @@ from optuna.trial import TrialState
 from tests.sweeps import CREATED, make_sweep, metric_lines
 from tests.test_kill_loop import FreeExperiment
 from training.experiment import EpochRecord
-from tune.budget import HOUR, Budget, Covered, Spent
+from tune.budget import HOUR, Budget, Covered, Spent, short_number
 from tune.desk import FINISHED, Desk
 from tune.ledger import RETRAIN, Ledger, Record
 from tune.report import cost_metrics, cost_text
 from tune.spec import Sweep
-from tune.sweep import enqueue_retraining, last_words
+from tune.sweep import closing_words, enqueue_retraining
 
 SECONDS = 360.0  # of an epoch, a tenth of an hour
 
@@ -301,7 +301,7 @@ def test_a_failed_trial_spends_hours_too(tmp_path: Path) -> None:
     desk.result("a", [epoch_until(1, SECONDS, SECONDS)], failure="Traceback\nRuntimeError: out of paper", diverged=False)
     desk.ended("a")
     assert desk.next("a") == FINISHED
-    (words, more) = last_words(desk.ledger, "resume first", idle=False)
+    (words, more) = closing_words(desk.ledger, "resume first", idle=False)
     assert words == "no trial is complete: every one was stopped, diverged or failed"
     assert more == "the budget is spent: 0.1 of 0.1 hours; for more: resume first --hours N"
 
@@ -311,12 +311,12 @@ def test_what_is_said_at_the_end(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=2, epochs=2, gpus_per_trial=0.5, scheduler="none")
     desk = open_desk(sweep)
     run_one_after_the_other(desk)
-    assert last_words(desk.ledger, "resume first", idle=False) == []
-    assert last_words(desk.ledger, "resume first", idle=True) == [
+    assert closing_words(desk.ledger, "resume first", idle=False) == []
+    assert closing_words(desk.ledger, "resume first", idle=True) == [
         "nothing was left to do: 2 of 2 trials; for more: resume first --trials N"
     ]
     ledger = Ledger(changed(sweep, hours=0.25, gpu_hours=0.125))
-    assert last_words(ledger, "resume first", idle=True) == [
+    assert closing_words(ledger, "resume first", idle=True) == [
         "nothing was left to do: 2 of 2 trials, 0.4 of 0.25 hours, 0.2 of 0.125 GPU-hours; "
         "for more: resume first --trials N --hours N --gpu-hours N"
     ]
@@ -376,3 +376,7 @@ def test_saved_by_hand(tmp_path: Path) -> None:
     assert [step.get("saved/epochs", 0) for step in curve] == [0, 6, 14, 14, 14]
     last = {"spent/hours": 1.7, "spent/epochs": 16, "spent/trial_hours": 1.7, "spent/gpu_hours": 0.85}
     assert curve[-1] == pytest.approx(last | {"saved/epochs": 14, "saved/trial_hours": 2.2, "saved/gpu_hours": 1.1})
+
+
+def test_numbers_have_no_exponent() -> None:
+    assert [short_number(value) for value in (7, 0.0, 2.32e-5, 0.25, 12.5)] == ["7", "0", "0.0000232", "0.25", "12.50"]

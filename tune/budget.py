@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
+from decimal import Decimal
 from typing import NamedTuple
 
 from training.experiment import EpochRecord
@@ -84,5 +85,5 @@ class Budget(NamedTuple):
 
 
 def short_number(value: float) -> str:
-    """A count as it is; hours with two decimals, fewer of them with three significant digits."""
-    return str(value) if isinstance(value, int) else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+    """A count as it is; hours with two decimals, fewer of them with three significant digits and no exponent."""
+    return str(value) if isinstance(value, int) else f"{value:.2f}" if value >= 1 else f"{Decimal(f'{value:.3g}'):f}"

@@ -275,10 +275,10 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
         return Ended(1, f"error: {desk.problem}; go on with: {command}")
     if kind == RETRAIN and (num_failed := num_missing(ledger)):
         return Ended(1, f"error: {num_failed} runs failed and are not in the table; try them again with: {command}")
-    return Ended(0, "\n".join(last_words(ledger, command, idle)) if kind == SWEEP else "")
+    return Ended(0, "\n".join(closing_words(ledger, command, idle)) if kind == SWEEP else "")
 
 
-def last_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
+def closing_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
     """What is said of a sweep whose budget is spent. ``idle``: it was so before."""
     said = [] if ledger.best() else ["no trial is complete: every one was stopped, diverged or failed"]
     over = [budget for budget in ledger.budgets() if budget.over]
