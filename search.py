@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,6 +256,10 @@ def ui(options: argparse.Namespace) -> int:
     storage = options.home.storage
     if isinstance(storage, Remote) or not (storage / "mlflow.db").is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ValueError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here
     print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)

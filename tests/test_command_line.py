@@ -239,6 +239,13 @@ def test_other_bad_commands(
     refused(capsys, *arguments)
 
 
+def test_pages_on_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port: {port} cannot be had" in refused(capsys, "ui", "--storage", tmp_path, "--port", port)
+
+
 def test_dry_run_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--method", "alr,ce", "--set", "alr.warmup=0.1", "--range", "lr=0.02:0.2:log", "--epochs", "27"]
     assert search.main(["launch", "dry", "--storage", str(tmp_path), "--dry-run", *flags]) == 0
