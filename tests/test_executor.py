@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+from tests.sweep_process import ROOT
 from tests.sweeps import make_sweep
 from tune import executor
 from tune.cluster import capacity, how_many
@@ -53,7 +56,10 @@ def test_a_trial_that_no_node_holds(cpus: float, gpus: float, monkeypatch: pytes
 def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is too busy: Ray raises a bare Exception. Nothing is lost, and the command that goes on is said."""
 
+    attempts = []
+
     def too_slow(**options: object) -> NoReturn:
+        attempts.append(options["address"])
         raise Exception("The current node timed out\nduring startup.")  # as Ray raises it
 
     monkeypatch.setattr("ray.init", too_slow)
@@ -62,3 +68,36 @@ def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monke
     with Interruption(desk, sweep.folder / "stop") as interruption:
         executor.run(desk, sweep.spec, interruption, print)
     assert desk.problem == "Ray did not start: The current node timed out during startup."
+    assert attempts == ["local"] * executor.STARTS
+
+
+TOO_SLOW_AT_FIRST = """
+import psutil
+from search import leave
+from tune import executor
+
+executor._prepare()
+import ray
+from ray._private import services
+
+answer = services.get_node
+
+def too_slow(*arguments):
+    services.get_node = answer
+    raise Exception("The current node timed out during startup.")
+
+services.get_node = too_slow
+executor.connect("")
+children = psutil.Process().children(recursive=True)
+held = [name for name in ("raylet", "gcs_server") for child in children if child.name() == name]
+print(*held)
+ray.shutdown()
+leave(0)
+"""
+
+
+def test_a_ray_that_comes_up_at_the_second_attempt() -> None:
+    """Of the first, whose processes were there already, nothing is left."""
+    done = subprocess.run([sys.executable, "-c", TOO_SLOW_AT_FIRST], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "raylet gcs_server\n", done.stderr
+    assert done.returncode == 0

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tune.driver import Interruption
 from tune.spec import Sweep, SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTS = 3  # attempts to start a Ray of our own
 PACKAGES = ("hparams.py", "data", "losses", "models", "methods", "training", "tune")
 
 
@@ -81,7 +83,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
 
 def connect(address: str) -> None:
     """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us, NotStarted where our
-    own does not come up."""
+    own does not come up, also not when it is tried again: Ray gives itself 30 s, and a busy machine may need more."""
     import ray
     from ray._private import utils
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -90,25 +92,47 @@ def connect(address: str) -> None:
     if address:
         check_answers(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for "auto" alone
-    raise_exit = utils.set_sigterm_handler
+    set_handler = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if not address else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=shipped() if address else None,
-        )
-    except Exception as error:  # Ray raises a bare one where a node does not come up in time
-        reason = " ".join(str(error).split())
-        if address:
-            refused = isinstance(error, ray.exceptions.AuthenticationError) or reason.startswith("Failed to connect")
-            advice = f"; {token_advice()}" if refused else ""
-            raise ValueError(f"Ray cluster {address!r} cannot be joined: {reason.split('. ')[0]}{advice}") from error
-        raise NotStarted(f"Ray did not start: {reason}") from error
+        for left in reversed(range(1 if address else STARTS)):
+            try:
+                ray.init(
+                    address=address or "local",
+                    include_dashboard=False if not address else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env=shipped() if address else None,
+                )
+                return
+            except Exception as error:  # Ray raises a bare one where a node does not come up in time
+                if not left or "timed out" not in str(error):
+                    raise reason(error, address) from error
+                end_half_started(error)
     finally:
-        utils.set_sigterm_handler = raise_exit
+        utils.set_sigterm_handler = set_handler
+
+
+def end_half_started(error: Exception) -> None:
+    """Ends the processes of a Ray that did not come up, on which nothing but the error's traceback has a hold."""
+    from ray._private.node import Node
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False)
+
+
+def reason(error: Exception, address: str) -> Exception:
+    """What is said of a Ray that could not be started or joined."""
+    import ray
+
+    said = " ".join(str(error).split())
+    if not address:
+        return NotStarted(f"Ray did not start: {said}")
+    refused = isinstance(error, ray.exceptions.AuthenticationError) or said.startswith("Failed to connect")
+    advice = f"; {token_advice()}" if refused else ""
+    return ValueError(f"Ray cluster {address!r} cannot be joined: {said.split('. ')[0]}{advice}")
 
 
 def shipped() -> dict[str, Any]:
