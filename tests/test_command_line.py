@@ -166,7 +166,7 @@ def test_sweep_that_does_not_exist(verb: str, tmp_path: Path, capsys: pytest.Cap
         ("sqlite:", ["'sqlite:'", "sqlite:///FILE"]),
         ("sqlite:////nowhere/at/all/x.db", ["/nowhere/at/all", "cannot be written"]),
         ("postgresql+nodriver://user@127.0.0.1:1/x", ["127.0.0.1:1/x", "cannot be opened"]),
-        ("http://user:secret@127.0.0.1:1", ["'http://127.0.0.1:1' holds a password", "set MLFLOW_TRACKING_USERNAME and"]),
+        ("http://user:secret@127.0.0.1:1", ["'http://127.0.0.1:1' holds a user", "set MLFLOW_TRACKING_USERNAME and"]),
         ("postgresql://user:secret@127.0.0.1:1/x", ["'postgresql://127.0.0.1:1/x' holds a password", "set PGPASSWORD"]),
         ("postgresql://127.0.0.1:1/x?user=a&password=secret", ["'postgresql://127.0.0.1:1/x' holds a password", "PGPASSWORD"]),
         ("mysql+pymysql://user:secret@127.0.0.1:1/x", ["holds a password", "set up an MLflow server in front"]),

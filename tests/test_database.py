@@ -524,10 +524,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (f"postgresql://me:{SECRET}@127.0.0.1:1/x", ["'127.0.0.1:1/x'", "holds a password", "PGPASSWORD"]),
+        (f"postgresql://me:{SECRET}@127.0.0.1:1/x", ["'postgresql://127.0.0.1:1/x'", "holds a password", "PGPASSWORD"]),
         (f"postgresql://127.0.0.1:1/x?user=me&password={SECRET}", ["holds a password", "PGPASSWORD"]),
-        (f"postgresql://me:{SECRET}@127.0.0.1:1/x?colour=red", ["'127.0.0.1:1/x' is not readable", "postgresql://USER@HOST"]),
-        ("mysql://me@127.0.0.1/x", ["'127.0.0.1/x' is not allowed", "postgresql://USER@HOST"]),
+        (f"postgresql://me@127.0.0.1:1/x?password=a@{SECRET}", ["'postgresql://...' holds a password", "PGPASSWORD"]),
+        (f"postgresql://me:a/{SECRET}@127.0.0.1:1/x", ["holds a password", "PGPASSWORD"]),
+        (f"postgresql://me:a?{SECRET}@127.0.0.1:1/x", ["'postgresql://...'"]),
+        (
+            f"postgresql://me:{SECRET}@127.0.0.1:1/x?colour=red",
+            ["'postgresql://127.0.0.1:1/x' is not readable", "postgresql://USER@HOST"],
+        ),
+        ("mysql://me@127.0.0.1/x", ["'mysql://127.0.0.1/x' is not allowed", "postgresql://USER@HOST"]),
         ("postgresql://me@127.0.0.1:1/x", ["database postgresql://me@127.0.0.1:1/x: ", "refused"]),
     ],
 )

@@ -44,10 +44,21 @@ def test_a_path_below_a_url() -> None:
     assert location("runs") == Path("runs").resolve()
 
 
-def test_credentials_in_a_url_are_refused() -> None:
-    with pytest.raises(ValueError, match="'s3://bucket/runs' is not allowed with credentials") as caught:
-        location(f"s3://key:{SECRET}@bucket/runs")
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"s3://key:{SECRET}@bucket/runs", "s3://bucket/runs"),
+        (f"s3://key:a/{SECRET}@bucket/runs", "s3://bucket/runs"),
+        (f"gs://{SECRET}@bucket/runs", "gs://bucket/runs"),
+        (f"abfs://container:{SECRET}@account.dfs.core.windows.net/runs", "abfs://account.dfs.core.windows.net/runs"),
+        (f"abfss://container@account.dfs.core.windows.net/runs?client_secret={SECRET}", "abfss://account.dfs.core"),
+    ],
+)
+def test_credentials_in_a_url_are_refused(url: str, shown: str) -> None:
+    with pytest.raises(ValueError, match=f"'{shown}.*' is not allowed with credentials") as caught:
+        location(url)
     assert SECRET not in str(caught.value)
+    assert str(location("abfs://container@account.dfs.core.windows.net/runs")).startswith("abfs://container@account")
 
 
 def test_a_checkpoint_is_saved_replaced_and_loaded(store: Location) -> None:

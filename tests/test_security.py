@@ -48,6 +48,15 @@ def test_a_secret_in_the_environment_is_written_nowhere(faulty: FaultySweep, tmp
         "postgresql://user:hunter2@127.0.0.1:{port}/x",
         "postgresql://user@127.0.0.1:{port}/x?password=hunter2",
         "mysql+nodriver://user:hunter2@127.0.0.1:{port}/x",
+        "postgresql://user:a/hunter2@127.0.0.1:{port}/x",
+        "postgresql://user:a#hunter2@127.0.0.1:{port}/x",
+        "postgresql://user:a?hunter2@127.0.0.1:{port}/x",
+        "postgresql://user:a@hunter2@127.0.0.1:{port}/x",
+        "postgresql://user@127.0.0.1:{port}/x?password=a@hunter2",
+        "mysql+nodriver://user@127.0.0.1:{port}/x?passwd=hunter2",
+        "mssql+pyodbc:///?odbc_connect=PWD%3Dhunter2",
+        "https://hunter2@127.0.0.1:{port}",
+        "http://127.0.0.1:{port}/?token=hunter2",
     ],
 )
 @pytest.mark.parametrize("verb", ["launch", "resume"])

@@ -7,8 +7,23 @@ import shutil
 import uuid
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+
+class Credentials(NamedTuple):
+    """Where a URL may hold some, and what may be shown of it."""
+
+    userinfo: str  # all before the last ``@``: readers differ on where it ends, and a password may hold anything
+    query: str
+    shown: str
+
+    @classmethod
+    def of(cls, url: str) -> Credentials:
+        scheme, _, rest = url.partition("://")
+        userinfo, _, place = rest.rpartition("@")
+        place, _, query = place.partition("?")
+        return cls(userinfo, query, f"{scheme}://{'...' if '?' in userinfo else place}")
 
 
 class Remote:
@@ -20,9 +35,9 @@ class Remote:
 
     def __init__(self, url: str) -> None:
         """ValueError where the URL is not readable or holds credentials."""
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        if "@" in parts.netloc and parts.scheme not in ("abfs", "abfss"):  # theirs stands before the account
+        parts, (userinfo, query, shown) = urlsplit(url), Credentials.of(url)
+        container = parts.scheme in ("abfs", "abfss")  # theirs stands before the account's ``@``
+        if (":" in userinfo if container else userinfo) or "client_secret" in query:
             raise ValueError(f"{shown!r} is not allowed with credentials in the URL; they come from the environment")
         self._root = f"{parts.scheme}://{parts.netloc}/"
         self._path = parts.path.strip("/")

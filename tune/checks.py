@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.parse
@@ -10,12 +11,18 @@ from pathlib import Path
 
 from data.dataset import Dataset
 from models import make_model
-from training.locations import Location, check_writable
+from training.locations import Credentials, Location, check_writable
 from tune.cluster import address_of
 from tune.spec import SweepSpec
 
+WEB = ("http", "https")
 PATIENCE = 5  # seconds that a server gets to answer
 HTTP_LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+HARMLESS = {  # in the query of a database's URL, in small letters
+    *("application_name", "charset", "connect_timeout", "driver", "encrypt", "host", "options", "port", "service", "timeout"),
+    *("sslcert", "sslkey", "sslmode", "sslrootcert", "ssl_ca", "ssl_cert", "ssl_check_hostname", "ssl_key", "unix_socket"),
+    *("passfile", "target_session_attrs", "trusted_connection", "trustservercertificate", "user"),
+}
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
@@ -67,25 +74,34 @@ def num_gpus() -> int:
 
 
 def clean(uri: str) -> str:
-    """A tracking URI that means the same from any working directory. ValueError where it holds a password, which everybody
-    could read in the list of processes, and which would be stored."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.password or "password=" in parts.query:
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        variables = {"http": HTTP_LOGIN, "https": HTTP_LOGIN, "postgresql": "PGPASSWORD, or use ~/.pgpass"}
-        instead = variables.get(parts.scheme.partition("+")[0], "up an MLflow server in front of the database")
-        raise ValueError(f"--tracking: the URL of {shown!r} holds a password; leave it out and set {instead}")
+    """A tracking URI that means the same from any working directory. ValueError where it holds a password or what may be one,
+    which everybody could read in the list of processes, and which would be stored."""
     path = uri.removeprefix("sqlite:///")
-    return f"sqlite:///{Path(path).resolve()}" if path != uri and path else uri
+    if path != uri:
+        return f"sqlite:///{Path(path).resolve()}" if path else uri
+    userinfo, query, shown = Credentials.of(uri)
+    kind = kind_of(uri)
+    names = {name.lower() for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True)}
+    if userinfo or query if kind in WEB else ":" in userinfo or not names <= HARMLESS:
+        instead = HTTP_LOGIN if kind in WEB else "up an MLflow server in front of the database"
+        instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
+        what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
+        raise ValueError(f"--tracking: the URL of {shown!r} holds {what}; leave it out and set {instead}")
+    return uri
+
+
+def kind_of(uri: str) -> str:
+    """``https``, ``postgresql``, ...: a URI's scheme without a driver's name."""
+    return uri.partition(":")[0].partition("+")[0]
 
 
 def check_tracking(uri: str) -> None:
     """ValueError where ``uri`` is not a tracking URI, or what it names does not answer within five seconds."""
-    kind = uri.partition(":")[0].partition("+")[0]
-    if kind in ("http", "https"):
+    kind = kind_of(uri)
+    if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ValueError(f"tracking server {uri} does not answer: {reason}") from error
     elif kind == "sqlite" and uri.startswith("sqlite:///"):

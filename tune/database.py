@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, errors
 
-from training.locations import Location, location, names, remove
+from training.locations import Credentials, Location, location, names, remove
 from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
@@ -68,14 +68,14 @@ T = TypeVar("T")
 def check_url(url: str) -> str:
     """ValueError where ``url`` is none of a PostgreSQL database, or holds a password."""
     allowed = "write postgresql://USER@HOST:PORT/DATABASE"
-    shown = url.rpartition("@")[2].partition("?")[0]
+    userinfo, _, shown = Credentials.of(url)
     if not url.startswith(("postgresql://", "postgres://")):
         raise ValueError(f"--ledger: {shown!r} is not allowed; {allowed}")
     try:
         parts = conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:  # it may quote the password
         raise ValueError(f"--ledger: {shown!r} is not readable; {allowed}") from error
-    if parts.get("password") or parts.get("sslpassword"):
+    if ":" in userinfo or parts.get("password") or parts.get("sslpassword"):
         raise ValueError(f"--ledger: the URL of {shown!r} holds a password; leave it out and set PGPASSWORD, or use ~/.pgpass")
     return url
 
