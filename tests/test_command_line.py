@@ -164,6 +164,8 @@ def test_sweep_that_does_not_exist(verb: str, tmp_path: Path, capsys: pytest.Cap
     ("uri", "words"),
     [
         ("sqlite:", ["'sqlite:'", "sqlite:///FILE"]),
+        ("http://127.0.0.1:9abc", ["'http://127.0.0.1:9abc' is not allowed", "9abc"]),
+        ("https://", ["'https://' is not allowed", "no host"]),
         ("sqlite:////nowhere/at/all/x.db", ["/nowhere/at/all", "cannot be written"]),
         ("postgresql+nodriver://user@127.0.0.1:1/x", ["127.0.0.1:1/x", "cannot be opened"]),
         ("http://user:secret@127.0.0.1:1", ["'http://127.0.0.1:1' holds a user", "set MLFLOW_TRACKING_USERNAME and"]),

@@ -506,18 +506,35 @@ def test_a_dead_store_holds_nothing_up_and_is_caught_up_with(
 ) -> None:
     monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
     sweep = start_sweep(storage)
-    ledger = Ledger(sweep)
+    ledger, said = Ledger(sweep), list[str]()
     with monkeypatch.context() as patch:
         Flaky(patch, seed=0, rate=2.0)  # no call is carried out
-        tracker = Tracker(ledger, tracking_uri(storage, ""))
+        tracker = Tracker(ledger, tracking_uri(storage, ""), said.append)
         play(ledger)
-        wait_for(lambda: bool(tracker.problem))
+        wait_for(lambda: bool(said))
+        time.sleep(0.3)
         tracker.close(spent=True, patience=0.3)
     assert "was not carried out" in tracker.problem
+    (line,) = said
+    assert "MLflow is behind the ledger" in line
+    assert "was not carried out" in line
     tracker = Tracker(Ledger(sweep), tracking_uri(storage, ""))
     tracker.close(spent=True)
     assert tracker.problem == ""
     assert without_ids(read_store(storage)) == without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
+
+
+def test_a_store_that_is_away_for_a_while_is_spoken_of_twice(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "PAUSE", 0.05)
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        Flaky(patch, seed=0, rate=2.0)
+        tracker = Tracker(Ledger(start_sweep(storage)), tracking_uri(storage, ""), said.append)
+        wait_for(lambda: bool(said))
+    wait_for(lambda: len(said) == 2)
+    assert said[1] == "MLflow is up to date again"
+    tracker.close(spent=True)
+    assert len(said) == 2
 
 
 def test_a_store_that_keeps_a_call_is_given_up(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:

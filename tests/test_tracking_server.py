@@ -65,11 +65,11 @@ def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(params=LOGINS, ids=["user and password", "token"])
 def door(request: pytest.FixtureRequest, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A proxy in front of the server that lets in one login, which is in the environment; ``/health`` is for everybody."""
+    """A proxy in front of the server that lets in one login, which is in the environment, and nobody else."""
 
     class Door(BaseHTTPRequestHandler):
         def do(self) -> None:
-            if self.path != "/health" and self.headers.get("Authorization") != request.param:
+            if self.headers.get("Authorization") != request.param:
                 self.send_error(401)
                 return
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -133,6 +133,10 @@ def test_without_the_login_the_sweep_says_that_mlflow_is_behind(
 ) -> None:
     for name in (name for login in LOGINS.values() for name in login):
         monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ValueError, match=f"{door} cannot be used: .*401.*MLFLOW_TRACKING_PASSWORD, or from MLFLOW_TRACKING_TOKEN"
+    ):
+        check_tracking(door)  # that is what a launch asks first
     tracker = Tracker(Ledger(make_sweep(tmp_path)), door)
     tracker.close(spent=True, patience=2)
     assert "401" in tracker.problem

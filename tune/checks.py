@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,10 +15,11 @@ from models import make_model
 from training.locations import Credentials, Location, check_writable
 from tune.cluster import address_of
 from tune.spec import SweepSpec
+from tune.tracker import quiet
 
 WEB = ("http", "https")
 PATIENCE = 5  # seconds that a server gets to answer
-HTTP_LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+HTTP_LOGIN, HTTP_TOKEN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 HARMLESS = {  # in the query of a database's URL, in small letters
     *("application_name", "charset", "connect_timeout", "driver", "encrypt", "host", "options", "port", "service", "timeout"),
     *("sslcert", "sslkey", "sslmode", "sslrootcert", "ssl_ca", "ssl_cert", "ssl_check_hostname", "ssl_key", "unix_socket"),
@@ -87,6 +89,13 @@ def clean(uri: str) -> str:
         instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
         what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
         raise ValueError(f"--tracking: the URL of {shown!r} holds {what}; leave it out and set {instead}")
+    if kind in WEB:
+        try:
+            host, _ = urllib.parse.urlsplit(uri).hostname, urllib.parse.urlsplit(uri).port
+        except ValueError as error:
+            raise ValueError(f"--tracking: {shown!r} is not allowed; {error}") from error
+        if not host:
+            raise ValueError(f"--tracking: {shown!r} is not allowed; it names no host")
     return uri
 
 
@@ -102,8 +111,9 @@ def check_tracking(uri: str) -> None:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(f"tracking server {uri} does not answer: {reason}") from error
+            if not isinstance(error, urllib.error.HTTPError) or error.code >= 500:  # else it has answered
+                raise ValueError(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
+        _check_login(uri)
     elif kind == "sqlite" and uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).parent
         if not os.access(folder, os.W_OK):
@@ -112,6 +122,19 @@ def check_tracking(uri: str) -> None:
         _check_database(uri, DATABASES[kind])
     else:
         raise ValueError(f"--tracking: {uri!r} is not allowed; give http(s)://HOST:PORT or a database such as sqlite:///FILE")
+
+
+def _check_login(uri: str) -> None:
+    quiet()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        said = str(error).strip().splitlines()[0][:200]
+        login = f"; a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}" if re.search(r"\b40[13]\b", said) else ""
+        raise ValueError(f"tracking server {uri} cannot be used: {said}{login}") from error
 
 
 def _check_database(uri: str, timeout: str) -> None:

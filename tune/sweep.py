@@ -246,7 +246,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
         with Display(ledger, ledger.total) as display:
             desk = Desk(ledger, total=ledger.total, concurrent=0, on_event=display.event)
             idle = ledger.spent
-            trackers = [Tracker(ledger, uri)]
+            trackers = [Tracker(ledger, uri, display.line)]
             if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
                 trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
             with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(KeyboardInterrupt):

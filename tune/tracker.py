@@ -305,9 +305,10 @@ def run_name(record: Record) -> str:
 class Tracker:
     """Keeps a projection up to date from a thread of its own, so that a slow or absent server never holds up a trial."""
 
-    def __init__(self, ledger: Ledger, uri: str) -> None:
+    def __init__(self, ledger: Ledger, uri: str, say: Callable[[str], None] = lambda line: None) -> None:
         self.ledger = ledger
         self.uri = uri
+        self.say = say
         self.problem = ""
         self._projection: Projection | None = None
         self._answered_at = time.monotonic()
@@ -329,9 +330,13 @@ class Tracker:
                 self._projection = Projection(self.ledger, self.uri, self._answered)
             action(self._projection)
         except Exception as error:  # noqa: BLE001  the tracker's boundary: a store that fails is tried again, whatever it raises
-            self.problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            before, self.problem = self.problem, (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self._projection = None  # found anew from its tags
+            if not before and not self._stop.is_set():
+                self.say(f"MLflow is behind the ledger ({self.problem}); the sweep goes on, and sends it the rest when it can")
             return False
+        if self.problem and not self._stop.is_set():
+            self.say("MLflow is up to date again")
         self.problem = ""
         return True
 
