@@ -381,9 +381,11 @@ def test_metrics_of_a_trial_that_the_ledger_does_not_have_are_left_out(storage: 
 
 
 class Flaky:
-    """Makes the client's calls fail at random, half of them after they were carried out, as when an answer is lost."""
+    """Makes the client's calls fail at random, half of them after they were carried out, as when an answer is lost. Every
+    other run is made twice, as by a proxy that tries again."""
 
     CALLS = "log_batch", "create_run", "set_tag", "set_terminated", "update_run", "search_runs", "create_experiment", "log_text"
+    DOUBLES = "doubled create_run"
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, rate: float) -> None:
         from mlflow.tracking import MlflowClient
@@ -399,6 +401,9 @@ class Flaky:
             if dice < self.rate / 2:
                 self.failed[name] = self.failed.get(name, 0) + 1
                 raise ConnectionError(f"{name} was not carried out")
+            if name == "create_run" and self.stream.random() < 0.5:
+                self.failed[self.DOUBLES] = self.failed.get(self.DOUBLES, 0) + 1
+                call(*arguments, **options)
             answer = call(*arguments, **options)
             if dice < self.rate:
                 self.failed[name] = self.failed.get(name, 0) + 1
@@ -427,6 +432,7 @@ def test_a_store_that_fails_at_random_loses_and_doubles_nothing(
             assert num_attempts < 500
     assert num_attempts > 3
     assert len(flaky.failed) > 2
+    assert flaky.failed[flaky.DOUBLES]
     tracker.close(spent=True)
     assert tracker.problem == ""
     store = read_store(storage)
@@ -479,6 +485,25 @@ def test_found_runs_are_not_written_again(storage: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(MlflowClient, name, counted)
     Projection(ledger, tracking_uri(storage, "")).sync()
     assert len(calls) <= 8, calls
+    assert "log_batch" not in calls, "the parent's curve was not sent again"
+
+
+@pytest.mark.parametrize("seen", ["by the next projection", "by this one"])
+def test_runs_that_were_made_without_an_answer_go(storage: Path, seen: str) -> None:
+    """A second parent and a second run of each trial; those that are noted stay."""
+    from mlflow.tracking import MlflowClient
+
+    ledger, uri = Ledger(start_sweep(storage)), tracking_uri(storage, "")
+    play(ledger)
+    projection = Projection(ledger, uri)
+    projection.sync()
+    before = {run["run_id"] for run in read_store(storage).values()}
+    client = MlflowClient(tracking_uri=uri)
+    for run in client.search_runs([projection.experiment_id]):
+        client.create_run(projection.experiment_id, start_time=run.info.start_time, tags=run.data.tags)
+    assert len(client.search_runs([projection.experiment_id])) == 2 * len(before)
+    (projection if seen == "by this one" else Projection(Ledger(ledger.sweep), uri)).close(spent=True)
+    assert {run["run_id"] for run in read_store(storage).values()} == before
 
 
 def test_the_thread_keeps_up_while_a_sweep_runs(

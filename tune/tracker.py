@@ -40,7 +40,7 @@ def quiet() -> None:
     not logged by it as well."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a call whose answer is late may have been carried out
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -100,13 +100,18 @@ class Projection:
         self.notes = ledger.lines(NOTES, fsync=False)
         self.metrics = ledger.lines("metrics.jsonl")
         self.experiment_id = self._experiment()
+        notes = list(self.notes.read())
+        self.noted = {note[role] for note in notes for role in ("parent", "run") if role in note}
         self.parent = self._parent()
         self.runs: dict[int, str] = {}  # trial number -> run id, once its parameters are there
         self.status: dict[str, str] = {}  # run id -> status in the store
         self.num_finished = 0  # finished trials that the parent's curve holds
         self.noted_at = 0.0
+        for note in notes:
+            if note.get("parent") == self.parent:
+                self.metrics.offset, self.metrics.line = note["offset"], note["line"]
+                self.num_finished = note.get("finished", 0)
         self._find_runs()
-        self._read_notes()
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.sweep.name)
@@ -119,8 +124,9 @@ class Projection:
     def _tags(self, role: str) -> dict[str, str]:
         return {"sweep": self.sweep.name, "sweep_id": self.sweep.provenance["id"], "study": self.ledger.kind, "role": role}
 
-    def _search(self, role: str) -> list[Any]:
-        wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in self._tags(role).items())
+    def _search(self, role: str, also: str = "") -> list[Any]:
+        """The runs of that role, those that are noted first."""
+        wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in self._tags(role).items()) + also
         found: list[Any] = []
         token = None
         while True:
@@ -128,13 +134,15 @@ class Projection:
             found += page
             token = page.token
             if not token:
-                return found
+                return sorted(found, key=lambda run: run.info.run_id not in self.noted)
 
     def _parent(self) -> str:
         found = self._search("sweep")
         if found:
             run_id, known = str(found[0].info.run_id), found[0].data.params
             self.client.update_run(run_id, status="RUNNING")
+            for double in found[1:]:
+                self.client.delete_run(double.info.run_id)
         else:
             name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
             started = int(self.sweep.provenance["created"] * 1000)
@@ -148,21 +156,17 @@ class Projection:
         return {**self.sweep.spec.to_dict(), **{f"made_with.{k}": v for k, v in self.sweep.provenance.items()}}
 
     def _find_runs(self) -> None:
-        """Runs that an earlier process made; what it did not get to, their parameters or a note of them, is made up for."""
+        """Runs that an earlier process made; what it did not get to, their parameters or a note of them, is made up for. A
+        second one of a trial, made by a call whose answer did not come, goes."""
         for run in self._search("trial"):
             number, run_id = int(run.data.tags["trial"]), str(run.info.run_id)
-            self.status[run_id] = run.info.status
-            if number in self.ledger.records:
+            if number in self.runs:
+                self.client.delete_run(run_id)
+            elif number in self.ledger.records:
+                self.status[run_id] = run.info.status
                 self._send_params(run_id, self._params(self.ledger.records[number]), run.data.params)
                 self.runs[number] = run_id
-
-    def _read_notes(self) -> None:
-        noted = set()
-        for note in self.notes.read():
-            noted.add(note.get("run"))
-            if note.get("parent") == self.parent:
-                self.metrics.offset, self.metrics.line = note["offset"], note["line"]
-        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if run not in noted]
+        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if run not in self.noted]
         if lacking:
             self.notes.append(lacking)
 
@@ -224,7 +228,11 @@ class Projection:
                 self._create(self.ledger.records[number])
             for start in range(0, len(metrics), BATCH):
                 self.client.log_batch(self.runs[number], metrics=metrics[start : start + BATCH])
-        self.notes.append([{"parent": self.parent, "offset": self.metrics.offset, "line": self.metrics.line}])
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        sent = {"offset": self.metrics.offset, "line": self.metrics.line, "finished": self.num_finished}
+        self.notes.append([{"parent": self.parent, **sent}])
 
     def _terminate(self, record: Record) -> None:
         from mlflow.entities import RunTag
@@ -262,6 +270,7 @@ class Projection:
         for start in range(0, len(curve), BATCH):
             self.client.log_batch(self.parent, metrics=curve[start : start + BATCH])
         self.num_finished = len(ended)
+        self._note_progress()
         if time.monotonic() - self.noted_at > NOTE_PAUSE:
             self._write_table()
 
@@ -284,6 +293,7 @@ class Projection:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
+        self._drop_doubles()
         self._write_table()  # from here on it is the pages that take their time
         best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
         if best:
@@ -293,6 +303,14 @@ class Projection:
         page = plots_page(self.ledger) if best else ""
         if page:
             self.client.log_text(self.parent, page, "plots.html")
+
+    def _drop_doubles(self) -> None:
+        """Runs that were made without this process hearing of it: the sweep is over, or waits, and they would run for ever."""
+        own = {self.parent, *self.runs.values()}
+        for role in ("sweep", "trial"):
+            for run in self._search(role, also=" and attributes.status = 'RUNNING'"):
+                if run.info.run_id not in own:
+                    self.client.delete_run(run.info.run_id)
 
 
 def run_name(record: Record) -> str:
