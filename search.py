@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from tune.files import Home
+    from tune.ledger import Ledger
+    from tune.sweep import Ended
 
 EXAMPLES = """examples:
   python search.py launch first --method alr --trials 24        a sweep over ALR on digits with 40 % symmetric noise
@@ -124,30 +125,24 @@ def launch(options: argparse.Namespace) -> int:
 
     how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
     ended = sweep.launch(options.name, options.home, spec, **how)
-    return said(ended) if options.dry_run else finish(options, ended)
+    return finish(ended)
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
     ended = sweep.resume(options.name, options.home, given(options))
-    return finish(options, ended)
+    return finish(ended)
 
 
-def finish(options: argparse.Namespace, ended: Any) -> int:
+def finish(ended: Ended) -> int:
     """The leaderboard after a run, and its last words, which come also where a database has gone."""
     try:
-        show(options.name, options.home, 10)
+        if ended.ledger:
+            show(ended.ledger, 10)
     except OSError as error:
         print(f"warning: the leaderboard cannot be shown: {error}", file=sys.stderr)
-    return said(ended)
-
-
-def said(ended: Any) -> int:
-    """Says the last words of a command; returns its exit code."""
-    if ended.advice:
-        print(ended.advice, file=sys.stderr if ended.code == 1 else sys.stdout)
-    return int(ended.code)
+    return ended.say()
 
 
 def retrain(options: argparse.Namespace) -> int:
@@ -161,27 +156,27 @@ def retrain(options: argparse.Namespace) -> int:
         stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
         try:
             ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
-            said(ended)
+            ended.say()
         finally:
             sys.stdout = stdout
     else:
         ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
     ledger = Ledger(Sweep.find(options.home, options.name), RETRAIN, read_only=True)
     print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
-    return int(ended.code) if options.json else said(ended)
+    return ended.code if options.json else ended.say()
 
 
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
-    if not (options.json or options.rungs):
-        show(options.name, options.home, top)
-        return 0
     from tune.ledger import Ledger
     from tune.report import rows, rungs
     from tune.spec import Sweep
     from tune.tracker import noted_runs
 
     ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
+    if not (options.json or options.rungs):
+        show(ledger, top)
+        return 0
     board = rows(ledger, noted_runs(ledger))
     if options.rungs:
         print(json.dumps({"rungs": rungs(ledger), "trials": board} if options.json else rungs(ledger), indent=1))
@@ -190,14 +185,11 @@ def best(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(name: str, home: Home, top: int) -> None:
+def show(ledger: Ledger, top: int) -> None:
     """Prints the leaderboard, and where to go from there."""
-    from tune.ledger import Ledger
     from tune.report import leaderboard_text
-    from tune.spec import Sweep
     from tune.tracker import noted_runs
 
-    ledger = Ledger(Sweep.find(home, name), read_only=True)
     print(leaderboard_text(ledger, noted_runs(ledger), top))
 
 

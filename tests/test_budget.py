@@ -265,7 +265,8 @@ def test_the_clock_counts_where_epochs_are_not_recorded_yet(tmp_path: Path, monk
     assert desk.next("c") is None
     desk.result("b", [epoch_until(1, 7200, 1750)], failure=None, diverged=False)
     desk.ended("b")
-    assert desk.next("c") is None  # 3550 seconds are recorded, and a trial is in progress
+    set_clock(1000 + 1850)
+    assert desk.next("c") is None  # 3550 seconds are recorded, and a trial has been in progress for 50 since then
     desk.result("a", [epoch_until(1, 7200 - 1750, 50)], failure=None, diverged=False)
     desk.ended("a")
     assert desk.next("c") == FINISHED
@@ -274,8 +275,8 @@ def test_the_clock_counts_where_epochs_are_not_recorded_yet(tmp_path: Path, monk
 
 
 def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers took a while to start: what the clock says is not what was trained. A resume would go on, so this driver
-    does, one trial at a time, and what it leaves is what a resume finds."""
+    """The workers took a while to start, or no node was there: what the clock says is not what was trained. A resume would go
+    on, so this driver does, as many trials at a time as before, and what it leaves is what a resume finds."""
     sweep = make_sweep(tmp_path, trials=9, hours=1.0, scheduler="none", epochs=1)
     set_clock = play_clock(monkeypatch)
     set_clock(0)
@@ -287,10 +288,13 @@ def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch:
     desk.ended("a")
     assert not Ledger(sweep).spent
     take(desk)
-    assert desk.next("b") is None
-    desk.result("a", [epoch_until(1, 3900, 150)], failure=None, diverged=False)
-    desk.ended("a")
-    assert desk.next("b") == FINISHED
+    take(desk, "b")
+    set_clock(3800)
+    assert desk.next("c") is None
+    for key in "ab":
+        desk.result(key, [epoch_until(1, 3900, 150)], failure=None, diverged=False)
+        desk.ended(key)
+    assert desk.next("c") == FINISHED
     assert Ledger(sweep).spent
 
 

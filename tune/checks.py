@@ -28,6 +28,10 @@ HARMLESS = {  # in the query of a database's URL, in small letters
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
+class Away(ValueError):
+    """What is tracked to does not answer; it may do so later."""
+
+
 def check_storage(storage: Location) -> None:
     """ValueError where the storage cannot be made or written, or is a folder that Ray made for a job and removes."""
     if isinstance(storage, Path) and "runtime_resources" in storage.parts:
@@ -105,14 +109,14 @@ def kind_of(uri: str) -> str:
 
 
 def check_tracking(uri: str) -> None:
-    """ValueError where ``uri`` is not a tracking URI, or what it names does not answer within five seconds."""
+    """ValueError where ``uri`` is not a tracking URI, Away where what it names does not answer within five seconds."""
     kind = kind_of(uri)
     if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             if not isinstance(error, urllib.error.HTTPError) or error.code >= 500:  # else it has answered
-                raise ValueError(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
+                raise Away(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
         _check_login(uri)
     elif kind == "sqlite" and uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).parent
@@ -133,16 +137,19 @@ def _check_login(uri: str) -> None:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
         said = str(error).strip().splitlines()[0][:200]
-        login = f"; a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}" if re.search(r"\b40[13]\b", said) else ""
-        raise ValueError(f"tracking server {uri} cannot be used: {said}{login}") from error
+        if not re.search(r"\b40[13]\b", said):
+            raise Away(f"tracking server {uri} cannot be used: {said}") from error
+        login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
+        raise ValueError(f"tracking server {uri} cannot be used: {said}; {login}") from error
 
 
 def _check_database(uri: str, timeout: str) -> None:
     from sqlalchemy import create_engine
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     try:
         create_engine(uri, connect_args={timeout: PATIENCE}).connect().close()
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error
+        kind = Away if isinstance(error, (OperationalError, OSError)) else ValueError
+        raise kind(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error

@@ -58,8 +58,9 @@ class Desk:
         self.halted = threading.Event()  # no new trial, and none goes on
         self.problem = ""  # why the sweep stopped itself
         self.failures_in_row = 0
-        self.began: float | None = None  # the clock when the first trial was handed out
-        self.spent_before = 0.0  # seconds of the budget, then
+        self.heard = (
+            0.0  # the clock at the last result; where none has come yet, when the first of the live trials was handed out
+        )
         self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
         self._drop_stray_checkpoints()
         for record in ledger.unfinished():
@@ -89,18 +90,16 @@ class Desk:
                 return self.halt(f"the ledger cannot be written: {error}")
         else:
             return None if self.live else FINISHED
-        if self.began is None:
-            self.began, self.spent_before = time.monotonic(), self.ledger.account.spent.seconds
+        if not self.live:
+            self.heard = time.monotonic()
         self.live[executor_id] = record
         self.on_event("started", record)
         return record
 
     def _spent(self) -> bool:
-        """Whether no new trial begins. While trials run, the clock counts, since their epochs in progress are not recorded
-        yet. When none does, the ledger alone decides, as it will when a resume asks."""
-        clock = 0.0
-        if self.live and self.began is not None:
-            clock = self.spent_before + time.monotonic() - self.began
+        """Whether no new trial begins. While trials run, the clock counts since the last result: their epochs in progress are
+        not recorded yet. When none does, the ledger alone decides, as it will when a resume asks."""
+        clock = self.ledger.account.spent.seconds + time.monotonic() - self.heard if self.live else 0.0
         return any(budget.over for budget in self.ledger.budgets(self.total, len(self.live), clock))
 
     def config(self, record: Record) -> dict[str, Any]:
@@ -122,13 +121,16 @@ class Desk:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def result(self, executor_id: str, epochs: list[EpochRecord], *, failure: str | None, diverged: bool) -> bool:
-        """Records what a trial reports and returns whether it goes on."""
-        record = self.live[executor_id]
+        """Records what a trial reports and returns whether it goes on; of one that was given up nothing is taken."""
+        record = self.live.get(executor_id)
+        if record is None:
+            return False
         try:
             new = self.ledger.report(record, epochs)
         except OSError as error:
             self.halt(f"the ledger cannot be written: {error}")
             return False
+        self.heard = time.monotonic()
         for epoch in new:
             verdict = self._judge(record, epoch.epoch)
             if verdict:

@@ -1,4 +1,4 @@
-"""How a driver is asked to stop."""
+"""How a driver is asked to stop, and what it does where Ray does not let it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from tune.desk import Desk
 from tune.files import Flag, Unreachable
 
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
+STUCK_SECONDS = 9.0  # after which Ray is not waited for any more
 STOP_SECONDS = 10.0  # from Ctrl-C to the last line
 
 
@@ -24,13 +26,20 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off."""
+    """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off.
 
-    def __init__(self, desk: Desk, request: Flag) -> None:
+    The same where Ray has died, as ``gone`` says. ``farewell`` is called, from another thread, where the main one stays in a
+    call of Ray's all the same: it has nobody to wait for. It ends the process.
+    """
+
+    def __init__(self, desk: Desk, request: Flag, farewell: Callable[[], None] = lambda: None) -> None:
         self.desk = desk
         self.request = request
+        self.farewell = farewell
+        self.gone: Callable[[], str] = lambda: ""  # why Ray is no more; empty while it is there
         self.signal = 0
         self.since = 0.0  # when the signal came
+        self._limit = math.inf  # for the main thread to come out of Ray
         self._over = threading.Event()
 
     def __enter__(self) -> Interruption:
@@ -51,6 +60,7 @@ class Interruption:
         if self.signal:
             raise Interrupted
         self.signal, self.since = number, time.monotonic()
+        self._limit = self.since + STUCK_SECONDS
         self.desk.halted.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
 
@@ -65,6 +75,7 @@ class Interruption:
 
     def settle(self) -> None:
         """The trials have stopped: what is left to do is not broken off, but by a second signal."""
+        self._limit = math.inf
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def left(self) -> float:
@@ -76,11 +87,24 @@ class Interruption:
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
-            try:
-                asked = self.request.exists()
-            except Unreachable as error:
-                self.desk.halt(str(error))
+            if time.monotonic() > self._limit:
+                self.farewell()
                 return
-            if asked:
+            if self._limit < math.inf:
+                continue
+            gone = self.gone
+            if (reason := gone()) and self.gone is gone:  # it is taken away before we end Ray ourselves
+                self._limit = time.monotonic() + STUCK_SECONDS
+                self.desk.halt(reason)
+            elif self._asked():
+                self._limit = time.monotonic() + STUCK_SECONDS
                 _thread.interrupt_main(signal.SIGTERM)
-                return
+
+    def _asked(self) -> bool:
+        try:
+            return self.request.exists()
+        except Unreachable as error:
+            self.desk.halt(str(error))
+        except OSError:  # a file system that stumbles; the next look may see more
+            pass
+        return False

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
+import subprocess
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tune.cluster import Nodes, address_of, capacity, check_answers
+from tune.cluster import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
 from tune.desk import Desk
 from tune.driver import Interruption
 from tune.spec import Sweep, SweepSpec
@@ -46,6 +49,7 @@ def _prepare() -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the desk's to say
+    os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"  # else Tune runs such a trial again beside the desk
     os.environ.update(places())
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # at the end it calls every lost process a trial
@@ -63,6 +67,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             connect(address)
             interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
+            interruption.gone = silent() if address else ended()
             if address:
                 with Nodes(desk.ledger.sweep, spec) as nodes:
                     held = nodes.check()
@@ -77,21 +82,53 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
     except NotStarted as error:
         desk.problem = str(error)
     finally:
+        interruption.gone = lambda: ""
         ray.shutdown()
         interruption.listen()
+
+
+def ended() -> Callable[[], str]:
+    """Asks after the processes of our own Ray."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    held = [info[0].process for kind, info in node.all_processes.items() if kind in ("raylet", "gcs_server")]
+    return lambda: "Ray on this machine has ended" if any(process.poll() is not None for process in held) else ""
+
+
+def silent() -> Callable[[], str]:
+    """Asks after a cluster's head, now and then. Where it stays away, Ray would end this process after a minute."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    asked = answered = time.monotonic()
+
+    def look() -> str:
+        nonlocal asked, answered
+        if time.monotonic() - asked > LOOK_SECONDS:
+            with contextlib.suppress(ValueError):
+                check_answers(address)
+                answered = time.monotonic()
+            asked = time.monotonic()
+        return f"the head of the Ray cluster {address} does not answer" if asked - answered > SILENT_SECONDS else ""
+
+    return look
 
 
 def connect(address: str) -> None:
     """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us, NotStarted where our
     own does not come up, also not when it is tried again: Ray gives itself 30 s, and a busy machine may need more."""
     import ray
-    from ray._private import utils
+    from ray._private import services, utils, worker
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # its import has set another
     if address:
         check_answers(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for "auto" alone
+    vars(worker)["print_to_stdstream"] = lambda *told, **how: None  # pages of its log for each node that dies
+    own_session = functools.partial(subprocess.Popen, start_new_session=True)
+    vars(services)["ConsolePopen"] = own_session  # a terminal that goes away is for us to notice, not for Ray's processes
     set_handler = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:
@@ -179,6 +216,7 @@ def own_folder(sweep: str) -> Path:
 def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
     from ray import tune
     from ray.tune.execution import class_cache
+    from ray.tune.progress_reporter import TrialProgressCallback
 
     from tune.scheduler import LedgerScheduler
     from tune.searcher import LedgerSearcher
@@ -186,6 +224,8 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
 
     passed_on: set[str] = class_cache.ENV_VARS_TO_PROPAGATE  # to the workers, by way of an agent that logs their values
     passed_on -= {name for name in passed_on if name.startswith("AWS_")}
+    progress = TrialProgressCallback()
+    vars(progress)["_print"] = lambda line: None
     scratch = own_folder(desk.ledger.sweep.provenance["id"])
     try:
         tuner = tune.Tuner(
@@ -202,6 +242,7 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
                 name="sweep",
                 storage_path=str(scratch),
                 verbose=0,
+                callbacks=[progress],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         )

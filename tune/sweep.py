@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import platform
 import shlex
 import subprocess
@@ -21,12 +22,12 @@ from data.noise import parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
+from tune.checks import Away, check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import Interruption
-from tune.files import Home, as_home
+from tune.files import LOCK, Home, as_home, held
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
@@ -57,10 +58,17 @@ def _provenance(dataset: Dataset) -> dict[str, Any]:
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit code, and what is left to say below the table."""
+    """How a command ended: its exit code, what is left to say below the table, and what the table shows."""
 
     code: int
     advice: str = ""
+    ledger: Ledger | None = None
+
+    def say(self) -> int:
+        """Says the last words; returns the exit code."""
+        if self.advice:
+            print(self.advice, file=sys.stderr if self.code == 1 else sys.stdout, flush=True)
+        return self.code
 
 
 def launch(
@@ -76,6 +84,8 @@ def launch(
     before Ray starts."""
     home, command = as_home(home), command_line("resume", as_home(home), check_name(name))
     if home.exists(name):
+        if home.files(name).running():
+            raise held(name, home.files(name).read(LOCK) or "")
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
     spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
     space = Space(spec)
@@ -166,15 +176,21 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     check_data(sweep, spec)
     if spec.trials < sweep.spec.trials and spec.trials < (num_begun := len(Ledger(sweep, read_only=True).records)):
         raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
-    sweep = dataclasses.replace(sweep, spec=spec)
-    if changes:
-        with sweep.files.lock(command):
-            sweep.write()
     try:
         check_tracking(tracking_uri(sweep.storage, spec.tracking))
-    except ValueError as error:
+    except Away as error:
         print(f"warning: {error}; the runs are brought up to date when it is back", file=sys.stderr)
-    return execute(sweep, SWEEP, command)
+    before, sweep = sweep, dataclasses.replace(sweep, spec=spec)
+    if not changes:
+        return execute(sweep, SWEEP, command)
+    with sweep.files.lock(command):
+        sweep.write()
+    try:
+        return execute(sweep, SWEEP, command)
+    except ValueError:  # what is refused, a cluster that is not there, is not kept for the next time
+        with sweep.files.lock(command):
+            before.write()
+        raise
 
 
 def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
@@ -249,7 +265,23 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
             trackers = [Tracker(ledger, uri, display.line)]
             if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
                 trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
-            with Interruption(desk, sweep.files.stop_request) as interruption, contextlib.suppress(KeyboardInterrupt):
+
+            def close_trackers(within: float) -> None:
+                for tracker in trackers:
+                    tracker.close(spent=tracker.ledger.spent, patience=5 if desk.problem else 30, within=within)
+                    if tracker.problem:
+                        behind = f"MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date"
+                        print(f"warning: {behind}", file=sys.stderr)
+
+            def farewell() -> None:
+                close_trackers(within=0.5)
+                ended = outcome(ledger, desk, interruption.signal, command, idle)
+                ended.say()
+                sys.stdout.flush()
+                os._exit(ended.code)
+
+            interruption = Interruption(desk, sweep.files.stop_request, farewell)
+            with interruption, contextlib.suppress(KeyboardInterrupt):
                 try:
                     if not idle:
                         executor.run(desk, sweep.spec, interruption, display.line)
@@ -257,25 +289,27 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     interruption.settle()
                     if interruption.signal:
                         sweep.files.hurry()
-                    for tracker in trackers:
-                        patience = 5 if desk.problem else 30
-                        tracker.close(spent=tracker.ledger.spent, patience=patience, within=interruption.left())
+                    close_trackers(interruption.left())
         if kind == SWEEP and (best := ledger.best()):
             try:
                 sweep.files.write("best_config.yaml", best_config_text(ledger, best))
             except OSError as error:
                 desk.problem = desk.problem or f"best_config.yaml cannot be written: {error}"
-    for tracker in trackers:
-        if tracker.problem:
-            print(f"warning: MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date", file=sys.stderr)
-    if interruption.signal:
+    return outcome(ledger, desk, interruption.signal, command, idle)
+
+
+def outcome(ledger: Ledger, desk: Desk, number: int, command: str, idle: bool) -> Ended:
+    """How a driver's work ended; ``number`` is that of the signal that ended it, or 0."""
+    if number:
         num_waiting = ledger.count(TrialState.RUNNING)
-        return Ended(128 + interruption.signal, f"interrupted with {num_waiting} trials in progress; go on with:\n{command}")
+        return Ended(128 + number, f"interrupted with {num_waiting} trials in progress; go on with:\n{command}", ledger)
     if desk.problem:
-        return Ended(1, f"error: {desk.problem}; go on with: {command}")
-    if kind == RETRAIN and (num_failed := num_missing(ledger)):
-        return Ended(1, f"error: {num_failed} runs failed and are not in the table; try them again with: {command}")
-    return Ended(0, "\n".join(closing_words(ledger, command, idle)) if kind == SWEEP else "")
+        return Ended(1, f"error: {desk.problem}; go on with: {command}", ledger)
+    if ledger.kind == SWEEP:
+        return Ended(0, "\n".join(closing_words(ledger, command, idle)), ledger)
+    if num_failed := num_missing(ledger):
+        return Ended(1, f"error: {num_failed} runs failed and are not in the table; try them again with: {command}", ledger)
+    return Ended(0, "", ledger)
 
 
 def closing_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
