@@ -14,6 +14,7 @@ import pytest
 
 import search
 from tests.sweep_process import ROOT, make_finished_sweep
+from tests.sweep_process import search as call
 from tests.sweeps import make_sweep, play
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
@@ -239,6 +240,24 @@ def test_other_bad_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(capsys, *arguments)
+
+
+def test_a_launch_on_a_sweep_that_runs_names_its_driver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, "busy")
+    with sweep.files.lock("x"):
+        line = refused(capsys, "launch", "busy", "--storage", tmp_path)
+    assert f"sweep 'busy' is being run by process {os.getpid()} on {socket.gethostname()}" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "word"),
+    [("--tracking", "mlruns", "'mlruns' is not allowed"), ("--address", "127.0.0.1:1", "nothing answers there")],
+)
+def test_what_a_resume_refuses_is_not_kept(flag: str, value: str, word: str, tmp_path: Path) -> None:
+    record = make_finished_sweep(tmp_path, "kept") / "sweep.yaml"
+    before = record.read_text()
+    assert word in call("resume", "kept", "--storage", tmp_path, "--trials", 9, flag, value, check=2).stderr
+    assert record.read_text() == before
 
 
 def test_pages_on_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
 from tests.sweep_process import ROOT
-from tests.sweeps import make_sweep
+from tests.sweeps import epoch_record, make_sweep
 from tune import executor
-from tune.cluster import capacity, how_many
+from tune.cluster import SILENT_SECONDS, capacity, how_many
 from tune.desk import Desk
 from tune.driver import Interruption
 from tune.ledger import Ledger
@@ -69,6 +71,33 @@ def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monke
         executor.run(desk, sweep.spec, interruption, print)
     assert desk.problem == "Ray did not start: The current node timed out during startup."
     assert attempts == ["local"] * executor.STARTS
+
+
+def test_the_head_of_a_cluster_is_missed_when_it_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(monotonic=lambda: 0.0)
+    monkeypatch.setattr("tune.executor.time", now)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        look = executor.silent()
+        now.monotonic = lambda: 1000.0
+        assert look() == "", "it answers"
+    for seconds, said in (
+        (1000 + SILENT_SECONDS, ""),
+        (1010 + SILENT_SECONDS, f"the head of the Ray cluster {address} does not"),
+    ):
+        now.monotonic = lambda: seconds  # noqa: B023  called here
+        assert look().startswith(said)
+        assert bool(look()) == bool(said)
+
+
+def test_a_result_of_a_trial_that_was_given_up_is_not_taken(tmp_path: Path) -> None:
+    """As of one whose process Ray says is gone."""
+    desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=1)
+    desk.next("a")
+    desk.lost("a")
+    assert not desk.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False)
+    assert desk.ledger.records[0].epochs == 0
 
 
 TOO_SLOW_AT_FIRST = """
