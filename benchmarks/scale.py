@@ -215,9 +215,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     def times(row: dict[str, Any], what: str) -> str:
         return f"{row[what]['processor']:.1f} ({row[what]['wall']:.1f})" if what in row else "-"
 
-    def seconds(row: dict[str, Any], what: str) -> str:
-        return f"{row[what]['processor']:.1f} ({row[what]['wall']:.1f})" if what in row else "-"
-
     def megabytes(row: dict[str, Any], name: str) -> str:
         return f"{row['storage'][name] / 1e6:.1f}" if name in row["storage"] else "-"
 
@@ -232,8 +229,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "`mlflow.db`, MB": lambda row: megabytes(row, "mlflow.db"),
         "files, folders in the storage": lambda row: f"{row['storage']['files']}, {row['storage']['folders']}",
         "ledger reopened, s of processor": lambda row: f"{row['reopened']:.2f}",
-        "`best`, s of processor (wall)": lambda row: seconds(row, "best"),
-        "`resume` with nothing left to do": lambda row: seconds(row, "resume"),
+        "`best`, s of processor (wall)": lambda row: times(row, "best"),
+        "`resume` with nothing left to do": lambda row: times(row, "resume"),
     }
     out = ["| | " + " | ".join(f"{row['trials']:,} trials" for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     out += [f"| {name} | " + " | ".join(cell(row) for row in rows) + " |" for name, cell in lines.items()]
