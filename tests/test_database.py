@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -30,8 +31,10 @@ from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
 from tune.recipes import dataset
 from tune.report import rows, sweep_lines
-from tune.spec import Sweep
+from tune.space import Space
+from tune.spec import Sweep, check_place
 from tune.tracker import Projection, noted_runs
+from tune.warm_start import warm_start
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
 SECRET = "correct-horse-battery"
@@ -337,6 +340,34 @@ def test_mlflow_is_a_projection_of_it(home: DatabaseHome, migrated_store: Path, 
     again.close(spent=True)
     assert again.runs == projection.runs
     assert kept_lines(sweep, "tracker.jsonl") == noted, "nothing was sent twice"
+
+
+def test_another_storage_is_not_touched_and_refused_where_it_matters(
+    home: DatabaseHome, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There may be another sweep's checkpoints, of the same name and the same numbers."""
+    sweep = make_sweep(home, trials=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    other = tmp_path / "other"
+    for number in range(9):
+        (other / "first" / "checkpoints" / str(number)).mkdir(parents=True)
+    before = sorted(other.rglob("*"))
+    found = Sweep.find(DatabaseHome(url, other), "first")
+    assert found == sweep
+    Desk(Ledger(found), total=3, concurrent=2)
+    assert sorted(other.rglob("*")) == before
+    line = f"--storage: sweep 'first' keeps its checkpoints in {sweep.storage}, not in {other}"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        check_place(found, DatabaseHome(url, other))
+    for good in (None, sweep.storage):
+        check_place(found, DatabaseHome(url, good))
+    check_place(make_sweep(tmp_path / "folder"), tmp_path / "elsewhere")  # a folder's sweeps are where they are looked for
+    flags = ["--ledger", url, "--storage", str(other)]
+    assert search.main(["list", *flags]) == 0
+    assert search.main(["best", "first", *flags]) == 0
+    assert "complete" in capsys.readouterr().out
+    space = Space(sweep.spec)
+    assert warm_start("first", DatabaseHome(url, other), sweep.spec, space).provenance["from"]["id"] == sweep.provenance["id"]
 
 
 def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:

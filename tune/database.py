@@ -318,18 +318,19 @@ class DatabaseHome(Home):
         self.database = Database(url)
         self.place = url
         self.flags = ["--ledger", url, *(["--storage", str(storage)] if storage else [])]
-        self._asked = storage
+        self.asked = storage
 
     @property
     def storage(self) -> Location:
-        return self._asked or Path("runs").resolve()
+        return self.asked or Path("runs").resolve()
 
     @property
     def provenance(self) -> dict[str, str]:
         return {"storage": str(self.storage)}
 
     def folder(self, name: str, provenance: Mapping[str, Any]) -> Location:
-        return (self._asked or location(provenance["storage"])) / name
+        """Where its record says, whatever ``--storage`` does: there may be another sweep's of that name."""
+        return location(provenance["storage"]) / name
 
     def names(self) -> list[str]:
         rows = self.database.select("select sweep from noisy_label_texts where name = %s", RECORD)

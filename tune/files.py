@@ -88,10 +88,12 @@ class SweepFiles(ABC):
 
 
 class Home(ABC):
-    """Where sweeps live. ``place`` is its name for people, ``flags`` are those of a command line that finds it."""
+    """Where sweeps live. ``place`` is its name for people, ``flags`` are those of a command line that finds it, ``asked`` is
+    what ``--storage`` said where a sweep's record says it, too."""
 
     place: str
     flags: list[str]
+    asked: Location | None = None
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -256,6 +256,13 @@ class Sweep:
             raise ValueError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
+def check_place(sweep: Sweep, home: Path | Home) -> None:
+    """ValueError where ``--storage`` names another place than that of the sweep's checkpoints."""
+    asked = as_home(home).asked
+    if asked not in (None, sweep.storage):
+        raise ValueError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
+
+
 def check_name(name: str) -> str:
     """ValueError where ``name`` could leave the storage folder, be a nuisance in a shell, or is MLflow's there."""
     if not NAME.fullmatch(name):
