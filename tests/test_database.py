@@ -23,16 +23,17 @@ from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, in_child, kept_lines, made_up, make_sweep, play, stored_trials
 from training.locations import check_writable, names
 from tune import database as database_module
+from tune.cluster import Nodes
 from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
 from tune.desk import FINISHED, Desk
 from tune.driver import Interruption
-from tune.files import LOCK, Unreachable
+from tune.files import LOCK, PROBE, Unreachable
 from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
 from tune.recipes import dataset
 from tune.report import rows, sweep_lines
 from tune.space import Space
-from tune.spec import Sweep, check_place
+from tune.spec import Sweep, check_place, make_spec
 from tune.tracker import Projection, noted_runs
 from tune.warm_start import warm_start
 
@@ -374,9 +375,11 @@ def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:
     make_sweep(home)
     with pytest.raises(ValueError, match="sweep 'first' exists in postgresql://"):
         make_sweep(elsewhere(home))
-    (home.storage / "second").mkdir()
-    with pytest.raises(ValueError, match="second exists and belongs to no sweep in postgresql://"):
-        make_sweep(home, "second")
+    (home.storage / "second" / "checkpoints").mkdir(parents=True)
+    (home.storage / "third").write_text("")
+    for name in ("second", "third"):
+        with pytest.raises(ValueError, match=f"{name} exists and belongs to no sweep in postgresql://"):
+            make_sweep(home, name)
     assert home.names() == ["first"]
 
 
@@ -404,6 +407,23 @@ def test_of_a_launch_that_was_killed_nothing_is_left(home: DatabaseHome) -> None
     with pytest.raises(ValueError, match=r"no sweep 'first' in postgresql://.*; there are: none"):
         Sweep.find(home, "first")
     sweep = make_sweep(home, trials=2)
+    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    assert len(stored_trials(sweep)) == 2
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["while nodes were asked", "after it"])
+def test_a_launch_on_a_cluster_that_was_killed_blocks_no_name(home: DatabaseHome, asked: bool) -> None:
+    def die() -> None:
+        with home.making("first") as (folder, files):
+            with Nodes(Sweep(folder, make_spec({}), {"id": "first-0123456789abcdef"}, files), make_spec({})) as nodes:
+                nodes._probe()
+                if asked:
+                    os._exit(9)
+            os._exit(9)
+
+    assert in_child(die) == 9
+    assert names(home.storage / "first") == [PROBE] * asked
+    sweep = make_sweep(elsewhere(home), trials=2)
     play(Desk(Ledger(sweep), total=2, concurrent=2))
     assert len(stored_trials(sweep)) == 2
 

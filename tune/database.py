@@ -25,7 +25,7 @@ import psycopg
 from psycopg import conninfo, errors
 
 from training.locations import Credentials, Location, location, names, remove
-from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
+from tune.files import LOCK, PROBE, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
 RETRY_SECONDS = 60.0  # that a database which is away is waited for
@@ -350,7 +350,8 @@ class DatabaseHome(Home):
         with files.lock(""):
             if self.exists(name):
                 raise self.taken(name)
-            if names(folder) or (isinstance(folder, Path) and folder.exists()):
+            kept = set(names(folder)) - {PROBE}  # a launch that was killed leaves no more than that in it
+            if kept or (isinstance(folder, Path) and folder.is_file()):
                 raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed
             try:
