@@ -56,11 +56,11 @@ def test_files_after_a_hundred_trials_are_those_after_twenty(tmp_path: Path) -> 
         ledger = run(sweep, total, stream)
         best = [str(record.number) for record in ledger.leaderboard()[:KEPT_CHECKPOINTS] if record.word == "complete"]
         saved = {name for name in best if f"checkpoints/{name}/checkpoint.pt" in below(sweep.folder)}
-        expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints"}
+        expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints", "driver.lock"}
         expected |= {f"checkpoints/{name}" for name in saved} | {f"checkpoints/{name}/checkpoint.pt" for name in saved}
         assert below(sweep.folder) == expected
         found.append(len(below(sweep.folder)))
-    assert max(found) <= 4 + 2 * KEPT_CHECKPOINTS
+    assert max(found) <= 5 + 2 * KEPT_CHECKPOINTS
     assert {record.word for record in ledger.records.values()} == {"complete", "stopped", "diverged", "failed"}
 
 

@@ -28,7 +28,7 @@ RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
 LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
 STOP_REQUEST = "stop"  # by which another process asks the driver to stop
 PROBE = ".probe"  # among the checkpoints, while a cluster's nodes are asked whether they see them
-STALE_SECONDS = 600  # longer than any launch takes to make its folder
+STALE_SECONDS = 60  # longer than a folder that is being made goes without its lock
 
 
 class Unreachable(OSError):
@@ -233,20 +233,29 @@ class FolderHome(Home):
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
-        """In a temporary folder, which is renamed."""
-        for stale in self._storage.glob(f".{name}.*"):  # of a launch that was killed
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(stale, ignore_errors=True)
+        """In a temporary folder, which is held like a sweep, and renamed."""
+        self._drop_leftovers(name)
         made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self._storage))
         try:
             made.chmod(0o755)
-            yield made, FolderFiles(made)
-            try:
-                made.rename(self._storage / name)
-            except OSError as error:
-                raise self.taken(name) from error
+            files = FolderFiles(made)
+            with files.lock(""):
+                yield made, files
+                try:
+                    made.rename(self._storage / name)
+                except OSError as error:
+                    if self.exists(name):
+                        raise self.taken(name) from error
+                    raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+    def _drop_leftovers(self, name: str) -> None:
+        """Removes what launches of that name that were killed have left: folders that nobody holds."""
+        for left in self._storage.glob(f".{name}.{'?' * 8}"):  # as many letters as the temporary name of a folder has
+            with contextlib.suppress(OSError):  # it is gone, or somebody else's
+                if time.time() - left.stat().st_mtime > STALE_SECONDS and not FolderFiles(left).running():
+                    shutil.rmtree(left)
 
 
 def open_home(storage: str | None, ledger: str) -> Home:
