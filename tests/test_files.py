@@ -11,6 +11,7 @@ import pytest
 
 from tests.sweeps import in_child, make_sweep
 from tune.files import FolderHome
+from tune.spec import Sweep
 
 
 def left_by_a_killed_launch(storage: Path, name: str, minutes: float) -> Path:
@@ -78,3 +79,17 @@ def test_a_folder_that_cannot_be_renamed_for_another_reason_is_not_said_to_exist
     with pytest.raises(OSError, match="Input/output error"):
         make(tmp_path, "first")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("identity", ["'*'", "../other", "a/b", "''", "[x]", "12", "a'b", '"a\\nb"', None])
+def test_an_id_that_is_none_is_damage(tmp_path: Path, identity: str | None) -> None:
+    """It becomes part of the name of a folder, and of a pattern by which such folders are removed."""
+    sweep = make_sweep(tmp_path)
+    record = sweep.folder / "sweep.yaml"
+    lines = [line for line in record.read_text().splitlines() if not line.startswith("  id: ")]
+    assert lines[-1].startswith("  ")
+    record.write_text("\n".join([*lines, *([f"  id: {identity}"] if identity else [])]))
+    with pytest.raises(ValueError, match=r"sweep\.yaml is damaged: "):
+        Sweep.find(tmp_path, "first")
+    record.write_text("\n".join([*lines, "  id: first-0123456789abcdef"]))
+    assert Sweep.find(tmp_path, "first") == sweep
