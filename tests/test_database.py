@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -22,16 +23,19 @@ from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, in_child, kept_lines, made_up, make_sweep, play, stored_trials
 from training.locations import check_writable, names
 from tune import database as database_module
+from tune.cluster import Nodes
 from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
 from tune.desk import FINISHED, Desk
 from tune.driver import Interruption
-from tune.files import LOCK, Unreachable
+from tune.files import LOCK, PROBE, Unreachable
 from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
 from tune.recipes import dataset
 from tune.report import rows, sweep_lines
-from tune.spec import Sweep
+from tune.space import Space
+from tune.spec import Sweep, check_place, make_spec
 from tune.tracker import Projection, noted_runs
+from tune.warm_start import warm_start
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
 SECRET = "correct-horse-battery"
@@ -339,13 +343,43 @@ def test_mlflow_is_a_projection_of_it(home: DatabaseHome, migrated_store: Path, 
     assert kept_lines(sweep, "tracker.jsonl") == noted, "nothing was sent twice"
 
 
+def test_another_storage_is_not_touched_and_refused_where_it_matters(
+    home: DatabaseHome, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There may be another sweep's checkpoints, of the same name and the same numbers."""
+    sweep = make_sweep(home, trials=3)
+    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    other = tmp_path / "other"
+    for number in range(9):
+        (other / "first" / "checkpoints" / str(number)).mkdir(parents=True)
+    before = sorted(other.rglob("*"))
+    found = Sweep.find(DatabaseHome(url, other), "first")
+    assert found == sweep
+    Desk(Ledger(found), total=3, concurrent=2)
+    assert sorted(other.rglob("*")) == before
+    line = f"--storage: sweep 'first' keeps its checkpoints in {sweep.storage}, not in {other}"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        check_place(found, DatabaseHome(url, other))
+    for good in (None, sweep.storage):
+        check_place(found, DatabaseHome(url, good))
+    check_place(make_sweep(tmp_path / "folder"), tmp_path / "elsewhere")  # a folder's sweeps are where they are looked for
+    flags = ["--ledger", url, "--storage", str(other)]
+    assert search.main(["list", *flags]) == 0
+    assert search.main(["best", "first", *flags]) == 0
+    assert "complete" in capsys.readouterr().out
+    space = Space(sweep.spec)
+    assert warm_start("first", DatabaseHome(url, other), sweep.spec, space).provenance["from"]["id"] == sweep.provenance["id"]
+
+
 def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:
     make_sweep(home)
     with pytest.raises(ValueError, match="sweep 'first' exists in postgresql://"):
         make_sweep(elsewhere(home))
-    (home.storage / "second").mkdir()
-    with pytest.raises(ValueError, match="second exists and belongs to no sweep in postgresql://"):
-        make_sweep(home, "second")
+    (home.storage / "second" / "checkpoints").mkdir(parents=True)
+    (home.storage / "third").write_text("")
+    for name in ("second", "third"):
+        with pytest.raises(ValueError, match=f"{name} exists and belongs to no sweep in postgresql://"):
+            make_sweep(home, name)
     assert home.names() == ["first"]
 
 
@@ -373,6 +407,23 @@ def test_of_a_launch_that_was_killed_nothing_is_left(home: DatabaseHome) -> None
     with pytest.raises(ValueError, match=r"no sweep 'first' in postgresql://.*; there are: none"):
         Sweep.find(home, "first")
     sweep = make_sweep(home, trials=2)
+    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    assert len(stored_trials(sweep)) == 2
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["while nodes were asked", "after it"])
+def test_a_launch_on_a_cluster_that_was_killed_blocks_no_name(home: DatabaseHome, asked: bool) -> None:
+    def die() -> None:
+        with home.making("first") as (folder, files):
+            with Nodes(Sweep(folder, make_spec({}), {"id": "first-0123456789abcdef"}, files), make_spec({})) as nodes:
+                nodes._probe()
+                if asked:
+                    os._exit(9)
+            os._exit(9)
+
+    assert in_child(die) == 9
+    assert names(home.storage / "first") == [PROBE] * asked
+    sweep = make_sweep(elsewhere(home), trials=2)
     play(Desk(Ledger(sweep), total=2, concurrent=2))
     assert len(stored_trials(sweep)) == 2
 

@@ -147,8 +147,8 @@ def commands(job: dict[str, Any]) -> dict[str, str]:
     """The two command lines of the entry point, by verb."""
     shell, flag, script = shlex.split(job["spec"]["entrypoint"])
     assert (shell, flag) == ("sh", "-c")
-    found = re.findall(r"python /app/search\.py (\w+) [^|&]+", script)
-    return {verb: re.search(rf"python /app/search\.py {verb} [^|&]+", script)[0] for verb in found}  # type: ignore[index]
+    found = re.findall(r"python /app/search\.py (\w+) [^;]+", script)
+    return {verb: re.search(rf"python /app/search\.py {verb} [^;]+", script)[0] for verb in found}  # type: ignore[index]
 
 
 def test_the_job_has_kuberays_fields(job: dict[str, Any]) -> None:
@@ -193,20 +193,23 @@ def test_the_entry_point_is_a_command_of_ours(job: dict[str, Any]) -> None:
 
 
 def test_the_entry_point_goes_on_where_the_sweep_is_there(job: dict[str, Any], tmp_path: Path) -> None:
-    """As KubeRay hands it on: split into words, joined again by ``ray job submit``, run by a shell."""
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$2"; exit 7\n')
+    """As KubeRay hands it on: split into words by a shell, joined again by ``ray job submit``, run by a shell. A sweep that was
+    stopped is a job that has ended well; whatever else it ends with is the job's."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$2"; exit "$CODE"\n')
     (tmp_path / "python").chmod(0o755)
     entry = job["spec"]["entrypoint"].replace("/storage", str(tmp_path))
-    command = subprocess.list2cmdline(shlex.split(entry))
+    command = shlex.join(shlex.split(entry))
 
-    def run() -> tuple[int, str]:
-        env = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    def run(code: int) -> tuple[int, str]:
+        env = {"PATH": f"{tmp_path}:/bin:/usr/bin", "CODE": str(code)}
         done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 
-    assert run() == (7, "launch\n")
+    ends = {0: 0, 1: 1, 2: 2, 7: 7, 130: 0, 137: 137, 143: 0}
+    assert {code: run(code) for code in ends} == {code: (end, "launch\n") for code, end in ends.items()}
     (tmp_path / "runs" / "first").mkdir(parents=True)
-    assert run() == (7, "resume\n"), "and not launch after it, where it fails"
+    said = "and not launch after it, where it fails"
+    assert {code: run(code) for code in ends} == {code: (end, "resume\n") for code, end in ends.items()}, said
 
 
 def test_the_nodes_hold_what_is_asked_for(job: dict[str, Any]) -> None:

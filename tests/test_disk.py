@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.sweeps import epoch_record, make_sweep
 from tune.desk import FINISHED, Desk
 from tune.ledger import Ledger, Record
@@ -56,11 +58,11 @@ def test_files_after_a_hundred_trials_are_those_after_twenty(tmp_path: Path) -> 
         ledger = run(sweep, total, stream)
         best = [str(record.number) for record in ledger.leaderboard()[:KEPT_CHECKPOINTS] if record.word == "complete"]
         saved = {name for name in best if f"checkpoints/{name}/checkpoint.pt" in below(sweep.folder)}
-        expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints"}
+        expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints", "driver.lock"}
         expected |= {f"checkpoints/{name}" for name in saved} | {f"checkpoints/{name}/checkpoint.pt" for name in saved}
         assert below(sweep.folder) == expected
         found.append(len(below(sweep.folder)))
-    assert max(found) <= 4 + 2 * KEPT_CHECKPOINTS
+    assert max(found) <= 5 + 2 * KEPT_CHECKPOINTS
     assert {record.word for record in ledger.records.values()} == {"complete", "stopped", "diverged", "failed"}
 
 
@@ -77,3 +79,38 @@ def test_a_driver_removes_what_a_kill_left(tmp_path: Path) -> None:
     (ledger.checkpoints / str(best) / ".checkpoint.pt.123").write_bytes(b"st")
     Desk(Ledger(sweep), total=8, concurrent=1)
     assert below(sweep.folder) == before
+
+
+def test_what_cannot_be_removed_stays_and_the_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what NFS keeps of a file that another node has open; or the whole folder, where the server is away."""
+    sweep = make_sweep(tmp_path, trials=2, epochs=2, scheduler="none")
+
+    def run_one(number: int) -> None:
+        desk.next("a")
+        folder = desk.ledger.checkpoints / str(number)
+        folder.mkdir(parents=True)
+        for name in ("checkpoint.pt", ".checkpoint.pt.1", ".nfs0001", ".checkpoint.pt.2"):
+            (folder / name).write_bytes(b"st")
+        desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
+        desk.ended("a")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(".nfs"):
+            raise OSError(16, "Device or resource busy")
+        path.touch()
+        path.rename(tmp_path / "removed")
+
+    def glob(path: Path, pattern: str) -> None:
+        raise OSError(116, "Stale file handle")
+
+    desk = Desk(Ledger(sweep), total=2, concurrent=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        run_one(0)
+        assert {path.name for path in (desk.ledger.checkpoints / "0").iterdir()} == {"checkpoint.pt", ".nfs0001"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", glob)
+        run_one(1)
+    assert [record.word for record in desk.ledger.leaderboard()] == ["complete", "complete"]
+    Desk(Ledger(sweep), total=2, concurrent=1)
+    assert [path for path in below(sweep.folder) if "/." in path] == []

@@ -185,6 +185,18 @@ OUT_OF_MEMORY = """Failure # 1 (occurred at 2026-11-23_18-16-00)
 1 worker(s) were killed due to the node running low on memory. Memory on the node was 23.40GB used / 23.54GB limit (0.99)
 OOM kill reason: Memory usage 25126502016B exceeded threshold of 24012676915B (95.0% of 25276502016B limit)
 """
+WITHHELD = """Failure # 1 (occurred at 2026-11-23_23-32-42)
+\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=3962, ip=127.0.0.1, actor_id=5f0b, repr=<TrialActor object at 0x7f61>)
+OSError: [Errno 5] Input/output error
+
+The above exception was the direct cause of the following exception:
+
+\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=3962, ip=127.0.0.1, actor_id=5f0b, repr=<TrialActor object at 0x7f61>)
+  File "/app/tune/trial.py", line 48, in step
+    diverged = self._advance(epochs, watchdog)
+               ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+training.locations.Away: checkpoint /runs/first/checkpoints/0/checkpoint.pt cannot be read: Input/output error
+"""
 
 
 @pytest.mark.parametrize(
@@ -196,6 +208,7 @@ OOM kill reason: Memory usage 25126502016B exceeded threshold of 24012676915B (9
             "Ray says: 1 worker(s) were killed due to the node running low on memory. "
             "Memory on the node was 23.40GB used / 23.54GB limit (0.99)",
         ),
+        (WITHHELD, "checkpoint /runs/first/checkpoints/0/checkpoint.pt cannot be read: Input/output error"),
         ("", ""),
     ],
 )
@@ -213,7 +226,7 @@ def test_why_a_process_was_lost(error: str, line: str, tmp_path: Path) -> None:
         LedgerScheduler(desk).on_trial_error(None, ended)  # type: ignore[arg-type]
     (record,) = Ledger(sweep, read_only=True).records.values()
     said = record.summary["error"]
-    assert said.splitlines()[-1].endswith(f"the last time {line}" if line else "the last epoch reported was 0")
+    assert said.splitlines()[-1].endswith(f"; the last time {line}" if line else "the last epoch reported was 0")
     assert error.partition("\n")[2].strip() in said
 
 
@@ -301,6 +314,21 @@ def test_faults_cost_their_own_trial_alone(faulty: FaultySweep) -> None:
     assert "Traceback" not in faulty.said
     held = {path.relative_to(sweep.folder / "checkpoints") for path in (sweep.folder / "checkpoints").rglob("*")}
     assert {str(path) for path in held} == {"1", "1/checkpoint.pt", "6", "6/checkpoint.pt"}
+
+
+def test_a_storage_that_is_away_while_a_trial_is_restored_costs_no_epoch(tmp_path: Path, migrated_store: Path) -> None:
+    """One process is killed, the next cannot read the checkpoint and counts as lost, and the third goes on from it."""
+    spec = {"trials": 1, "epochs": 4, "scheduler": "none", "report_seconds": 0, "checkpoint_seconds": 0, "concurrent": 1}
+    with faulty_sweep(tmp_path, migrated_store, {0: ("withhold", 3, 1)}, **spec) as sweep:
+        assert sweep.process.wait(300) == 0, sweep.said
+        told = re.findall(r"trial 0 lost its process after epoch 2 \((.*)\); it will be run again", sweep.said)
+        path = sweep.storage / "faulty" / "checkpoints" / "0" / "checkpoint.pt"
+        assert told[1:] == [f"checkpoint {path} cannot be read: Input/output error"]
+        found = Sweep.find(sweep.storage, "faulty")
+        (record,) = Ledger(found, read_only=True).records.values()
+        assert list(record.objectives.values()) == undisturbed(found, record)
+        assert epochs_by_trial(found.folder) == {0: [1, 2, 3, 4]}
+        assert "Traceback" not in sweep.said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

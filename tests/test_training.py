@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import logging
@@ -32,6 +33,7 @@ from training.checkpoint import UnreadableCheckpoint
 from training.experiment import EpochRecord, Experiment, Recipe, objective_window
 from training.experiment import tested_epochs as when_tested
 from training.fit import Diverged, accuracy, fit
+from training.locations import Away
 from training.statistics import HARD, RefinementStatistics, area_under_roc
 
 CLOCK_METRICS = {"seconds", "samples_per_second"}
@@ -519,10 +521,47 @@ def test_any_damage_is_seen(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UnreadableCheckpoint, match="is damaged"):
             checkpoint.load(path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(UnreadableCheckpoint, match="cannot be read"):
-        checkpoint.load(path)
+
+
+class Disturbed:
+    """Reads of files fail, the next ``times`` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, error: OSError) -> None:
+        self.times = times
+        read = Path.read_bytes
+
+        def read_bytes(path: Path) -> bytes:
+            self.times -= 1
+            if self.times >= 0:
+                raise error
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(checkpoint, "PAUSE", 0.01)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EISDIR])
+def test_a_storage_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A trial that took it for damage would start over, and then write over what it could not read."""
+    experiment = Experiment(make_recipe(), tmp_path)
+    experiment.advance()
+    experiment.save()
+    path = tmp_path / "checkpoint.pt"
+    saved = path.read_bytes()
+    disturbed = Disturbed(monkeypatch, checkpoint.ATTEMPTS, OSError(number, os.strerror(number)))
+    with pytest.raises(Away, match=f"^checkpoint {path} cannot be read: {os.strerror(number)}$"):
+        Experiment(make_recipe(), tmp_path)
+    assert disturbed.times == 0
+    assert path.read_bytes() == saved
+    disturbed.times = checkpoint.ATTEMPTS - 1
+    assert Experiment(make_recipe(), tmp_path).epochs_done == 1
+
+
+def test_a_first_save_that_cannot_be_read_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disturbed(monkeypatch, checkpoint.ATTEMPTS, OSError(errno.EIO, "x"))
+    with pytest.raises(OSError, match="cannot be read: x"):
+        checkpoint.save(tmp_path / "checkpoint.pt", OLD, read_back=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Trap:

@@ -10,14 +10,17 @@ import hashlib
 import io
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.locations import Location, Remote
+from training.locations import Away, Location, Remote
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+ATTEMPTS = 3  # to read a file
+PAUSE = 1.0  # seconds between two of them
 
 
 class UnreadableCheckpoint(ValueError):
@@ -55,13 +58,9 @@ def save(path: Location, state: dict[str, Any], *, read_back: bool = False) -> N
 
 
 def load(path: Location, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint without running code from it. FileNotFoundError; UnreadableCheckpoint where it is damaged."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UnreadableCheckpoint(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    """Reads a checkpoint without running code from it. FileNotFoundError; UnreadableCheckpoint where it is damaged; Away where
+    the storage does not hand it out."""
+    content = _content(path)
     payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
         raise UnreadableCheckpoint(f"checkpoint {path} is damaged: its checksum is not that of its content")
@@ -72,6 +71,19 @@ def load(path: Location, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UnreadableCheckpoint(f"checkpoint {path} does not hold a state")
     return state
+
+
+def _content(path: Location) -> bytes:
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if not left:
+                raise Away(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+            time.sleep(PAUSE)
+    raise AssertionError
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,6 +26,10 @@ class Credentials(NamedTuple):
         return cls(userinfo, query, f"{scheme}://{'...' if '?' in userinfo else place}")
 
 
+class Away(OSError):
+    """What is there cannot be read now, though nothing says that it is damaged."""
+
+
 class Remote:
     """A file or folder in an object store, in pathlib's words as far as checkpoints need them.
 

@@ -15,13 +15,13 @@ from data.cache import same_table
 from data.sources import Options, find_source
 from training.locations import check_writable, location
 from tune.desk import Desk
+from tune.files import PROBE
 from tune.spec import Sweep, SweepSpec
 
 ADDRESS = re.compile(r"auto|(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 PATIENCE = 5  # seconds that a cluster gets to answer
 LOOK_SECONDS = 3.0  # between looks at the nodes
 SILENT_SECONDS = 30.0  # that no node holds a trial before it is said
-PROBE = ".probe"  # in a sweep's folder while its nodes are asked
 MAX_REFUSALS = 3  # questions that a living node may fail to answer
 
 

@@ -25,7 +25,7 @@ import psycopg
 from psycopg import conninfo, errors
 
 from training.locations import Credentials, Location, location, names, remove
-from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
+from tune.files import LOCK, PROBE, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
 RETRY_SECONDS = 60.0  # that a database which is away is waited for
@@ -318,18 +318,19 @@ class DatabaseHome(Home):
         self.database = Database(url)
         self.place = url
         self.flags = ["--ledger", url, *(["--storage", str(storage)] if storage else [])]
-        self._asked = storage
+        self.asked = storage
 
     @property
     def storage(self) -> Location:
-        return self._asked or Path("runs").resolve()
+        return self.asked or Path("runs").resolve()
 
     @property
     def provenance(self) -> dict[str, str]:
         return {"storage": str(self.storage)}
 
     def folder(self, name: str, provenance: Mapping[str, Any]) -> Location:
-        return (self._asked or location(provenance["storage"])) / name
+        """Where its record says, whatever ``--storage`` does: there may be another sweep's of that name."""
+        return location(provenance["storage"]) / name
 
     def names(self) -> list[str]:
         rows = self.database.select("select sweep from noisy_label_texts where name = %s", RECORD)
@@ -349,7 +350,8 @@ class DatabaseHome(Home):
         with files.lock(""):
             if self.exists(name):
                 raise self.taken(name)
-            if names(folder) or (isinstance(folder, Path) and folder.exists()):
+            kept = set(names(folder)) - {PROBE}  # a launch that was killed leaves no more than that in it
+            if kept or (isinstance(folder, Path) and folder.is_file()):
                 raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed
             try:

@@ -5,6 +5,7 @@ Ray's searcher and scheduler are two doors into this one object; a test walks in
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -199,11 +200,14 @@ class Desk:
         self.on_event("ended", record)
 
     def _drop_halves(self, record: Record) -> None:
-        """Removes what processes of the trial that were killed while they saved it have left."""
+        """Removes what processes of the trial that were killed while they saved it have left, as far as that can be done."""
         folder = self.ledger.checkpoints / str(record.number)
-        if isinstance(folder, Path):  # an object store has no halves
+        if not isinstance(folder, Path):  # an object store has no halves
+            return
+        with contextlib.suppress(OSError):  # of the folder, which is away
             for half in folder.glob(".*"):
-                half.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # NFS keeps a file that another node has open
+                    half.unlink()
 
     def _drop_stray_checkpoints(self) -> None:
         """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""

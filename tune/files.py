@@ -27,7 +27,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
 LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
 STOP_REQUEST = "stop"  # by which another process asks the driver to stop
-STALE_SECONDS = 600  # longer than any launch takes to make its folder
+PROBE = ".probe"  # among the checkpoints, while a cluster's nodes are asked whether they see them
+STALE_SECONDS = 60  # longer than a folder that is being made goes without its lock
 
 
 class Unreachable(OSError):
@@ -88,10 +89,12 @@ class SweepFiles(ABC):
 
 
 class Home(ABC):
-    """Where sweeps live. ``place`` is its name for people, ``flags`` are those of a command line that finds it."""
+    """Where sweeps live. ``place`` is its name for people, ``flags`` are those of a command line that finds it, ``asked`` is
+    what ``--storage`` said where a sweep's record says it, too."""
 
     place: str
     flags: list[str]
+    asked: Location | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -230,20 +233,29 @@ class FolderHome(Home):
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
-        """In a temporary folder, which is renamed."""
-        for stale in self._storage.glob(f".{name}.*"):  # of a launch that was killed
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(stale, ignore_errors=True)
+        """In a temporary folder, which is held like a sweep, and renamed."""
+        self._drop_leftovers(name)
         made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self._storage))
         try:
             made.chmod(0o755)
-            yield made, FolderFiles(made)
-            try:
-                made.rename(self._storage / name)
-            except OSError as error:
-                raise self.taken(name) from error
+            files = FolderFiles(made)
+            with files.lock(""):
+                yield made, files
+                try:
+                    made.rename(self._storage / name)
+                except OSError as error:
+                    if self.exists(name):
+                        raise self.taken(name) from error
+                    raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+    def _drop_leftovers(self, name: str) -> None:
+        """Removes what launches of that name that were killed have left: folders that nobody holds."""
+        for left in self._storage.glob(f".{name}.{'?' * 8}"):  # as many letters as the temporary name of a folder has
+            with contextlib.suppress(OSError):  # it is gone, or somebody else's
+                if time.time() - left.stat().st_mtime > STALE_SECONDS and not FolderFiles(left).running():
+                    shutil.rmtree(left)
 
 
 def open_home(storage: str | None, ledger: str) -> Home:

@@ -59,4 +59,6 @@ def why(error: str) -> str:
     told = [line for line in details.splitlines() if line and not line.startswith(("\t", "The actor died unexpectedly"))]
     if not told:
         return ""
+    if "ray::" in told[0]:  # the traceback of an exception that left the actor
+        return f"{details}\n{told[-1].removeprefix('training.locations.Away: ')}"
     return f"{details}\nRay says: {told[0].rpartition('Worker exit detail: ')[2].partition(' Some common causes')[0]}"

@@ -251,9 +251,18 @@ class Sweep:
             content = yaml.safe_load(text)
             spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
             provenance = content["provenance"]
+            if not NAME.fullmatch(provenance["id"]):  # it is part of a folder's name
+                raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
             return cls(home.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
+
+
+def check_place(sweep: Sweep, home: Path | Home) -> None:
+    """ValueError where ``--storage`` names another place than that of the sweep's checkpoints."""
+    asked = as_home(home).asked
+    if asked not in (None, sweep.storage):
+        raise ValueError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
 
 
 def check_name(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from training.locations import location
+from training.locations import Away, location
 from tune.watchdog import Watchdog, allowed_seconds
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,9 @@ class TrialActor(Trainable):
     """Each ``step`` trains until a rung, the end, or ``report_seconds``, and returns those epochs.
 
     An exception does not leave it: it is reported as the trial's failure, with its traceback, and the actor lives on; running
-    out of memory is one. An epoch that hangs ends the process. ``setup`` touches nothing on disk, since Tune may call it for a
-    trial that already runs elsewhere.
+    out of memory is one. But where the storage does not hand out a checkpoint the process counts as lost, so that the trial is
+    tried again and keeps what it has saved. An epoch that hangs ends the process. ``setup`` touches nothing on disk, since Tune
+    may call it for a trial that already runs elsewhere.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -45,6 +46,8 @@ class TrialActor(Trainable):
         try:
             with Watchdog(location(self.trial["folder"])) as watchdog:  # an actor that waits for the driver does not hang
                 diverged = self._advance(epochs, watchdog)
+        except Away:
+            raise
         except Exception:  # noqa: BLE001  the trial's boundary: whatever a trial raises is its own failure, not the sweep's
             failure = traceback.format_exc()
         if failure or diverged:

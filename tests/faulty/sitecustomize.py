@@ -6,6 +6,7 @@ it ``struck`` gets a line for each. The way in is the clock that ``training.fit`
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 CLOCK = time.perf_counter
+READ = Path.read_bytes
 FAULTS = Path(os.environ.get("FAULTS", os.devnull))
 
 
@@ -72,6 +74,23 @@ def swallow(fit: FrameType) -> None:
         held.append(b"x" * (1 << 24))
 
 
+def withhold(fit: FrameType) -> None:
+    """The process dies, and the next one that goes on with the trial cannot read its checkpoint."""
+    FAULTS.with_name("away").touch()
+    kill(fit)
+
+
+def read_bytes(path: Path) -> bytes:
+    away = FAULTS.with_name("away")
+    if path.name == "checkpoint.pt" and away.exists():
+        with away.open("a") as file:
+            file.write("x")
+        if away.stat().st_size == 3:  # as often as it is tried
+            away.unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return READ(path)
+
+
 def clock() -> float:
     caller = sys._getframe(1)
     if caller.f_code.co_name == "fit" and FAULTS.is_file():
@@ -93,3 +112,4 @@ def strike(fit: FrameType, seed: int, done: int) -> None:
 
 
 time.perf_counter = clock
+Path.read_bytes = read_bytes  # type: ignore[method-assign]
