@@ -28,7 +28,7 @@ HARMLESS = {  # in the query of a database's URL, in small letters
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
-class Away(ValueError):
+class NoAnswer(ValueError):
     """What is tracked to does not answer; it may do so later."""
 
 
@@ -109,14 +109,14 @@ def kind_of(uri: str) -> str:
 
 
 def check_tracking(uri: str) -> None:
-    """ValueError where ``uri`` is not a tracking URI, Away where what it names does not answer within five seconds."""
+    """ValueError where ``uri`` is not a tracking URI, NoAnswer where what it names does not answer within five seconds."""
     kind = kind_of(uri)
     if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             if not isinstance(error, urllib.error.HTTPError) or error.code >= 500:  # else it has answered
-                raise Away(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
+                raise NoAnswer(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
         _check_login(uri)
     elif kind == "sqlite" and uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).parent
@@ -138,7 +138,7 @@ def _check_login(uri: str) -> None:
     except MlflowException as error:
         said = str(error).strip().splitlines()[0][:200]
         if not re.search(r"\b40[13]\b", said):
-            raise Away(f"tracking server {uri} cannot be used: {said}") from error
+            raise NoAnswer(f"tracking server {uri} cannot be used: {said}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
         raise ValueError(f"tracking server {uri} cannot be used: {said}; {login}") from error
 
@@ -151,5 +151,5 @@ def _check_database(uri: str, timeout: str) -> None:
         create_engine(uri, connect_args={timeout: PATIENCE}).connect().close()
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        kind = Away if isinstance(error, (OperationalError, OSError)) else ValueError
+        kind = NoAnswer if isinstance(error, (OperationalError, OSError)) else ValueError
         raise kind(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error

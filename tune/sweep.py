@@ -22,7 +22,7 @@ from data.noise import parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import Away, check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
+from tune.checks import NoAnswer, check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
@@ -32,7 +32,7 @@ from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
 from tune.space import Space
-from tune.spec import Sweep, SweepSpec, check_name, make_spec
+from tune.spec import Sweep, SweepSpec, check_name, check_place, make_spec
 from tune.tracker import Tracker, tracking_uri
 from tune.warm_start import WarmStart, warm_start
 
@@ -169,6 +169,7 @@ def check_data(sweep: Sweep, spec: SweepSpec) -> None:
 def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     """Goes on with a sweep: finishes it, extends it to a larger budget, or reports that nothing is left to do."""
     sweep = Sweep.find(home, name)
+    check_place(sweep, home)
     command = resume_command(sweep)
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
@@ -178,7 +179,7 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
         raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
     try:
         check_tracking(tracking_uri(sweep.storage, spec.tracking))
-    except Away as error:
+    except NoAnswer as error:
         print(f"warning: {error}; the runs are brought up to date when it is back", file=sys.stderr)
     before, sweep = sweep, dataclasses.replace(sweep, spec=spec)
     if not changes:
@@ -196,6 +197,7 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
 def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
     sweep = Sweep.find(home, name)
+    check_place(sweep, home)
     check_resources(sweep.spec)
     check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
