@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import yaml
 
 from methods import METHODS, parameters
 from tests.sweep_process import (
+    RAYS_SECONDS,
     ROOT,
+    assert_ended,
     assert_projected,
     assert_whole,
     board,
     end_all,
     epochs_by_trial,
+    family,
     make_finished_sweep,
     metric_lines,
     rungs,
@@ -66,7 +70,10 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
     spec = spec_file(tmp_path, trials=6, reduction_factor=2)
     launched = start(log, "launch", "first", "--storage", storage, "--spec", spec)
     wait_until(lambda: halfway(storage, "first"), launched, log)
+    started = family(launched.pid)
+    assert len(started) > 4, "Ray's servers, agents and workers"
     launched.kill()
+    killed = time.monotonic()
     launched.wait()
     before, rungs_before = board(storage, "first"), rungs(storage, "first")
     assert any(rungs_before.values())
@@ -104,6 +111,7 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
         json.loads(line)
     search("resume", "first", "--storage", storage, env=without_ray(tmp_path / "poison"))
     assert board(storage, "first") == extended
+    assert_ended(started, killed + RAYS_SECONDS)
 
 
 def test_worker_killed(tmp_path: Path, storage: Path) -> None:
