@@ -33,6 +33,7 @@ from tests.sweep_process import (
     wait_until,
     workers,
 )
+from training import checkpoint
 
 SPEC = {"trials": 5, "epochs": 24, "checkpoint_seconds": 0, "report_seconds": 0.2, "concurrent": 2}
 
@@ -139,15 +140,20 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
 
 
 def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
-    """Ctrl-C says how to go on; ``stop`` does the same from elsewhere; the winners are retrained over seeds; ``train``."""
+    """Ctrl-C saves what no checkpoint held yet and says how to go on; ``stop`` does the same from elsewhere; the winners are
+    retrained over seeds; ``train``."""
     from mlflow.tracking import MlflowClient
 
     folder, log = storage / "calm", tmp_path / "log"
-    spec = spec_file(tmp_path, trials=200, scheduler="none", epochs=24)  # far more than there is time for
+    spec = spec_file(tmp_path, trials=200, scheduler="none", epochs=48, checkpoint_seconds=1e6)  # never ends
     launched = start(log, "launch", "calm", "--storage", storage, "--spec", spec)
     wait_until(lambda: len(metric_lines(folder)) >= 6, launched, log)
     launched.send_signal(signal.SIGINT)
     assert launched.wait(60) == 130, log.read_text()
+    epochs = {row["trial"]: row["epochs"] for row in board(storage, "calm") if row["state"] == "running" and row["epochs"]}
+    assert epochs
+    files = {number: folder / "checkpoints" / str(number) / "checkpoint.pt" for number in epochs}
+    assert {number: len(checkpoint.load(path)["history"]) for number, path in files.items()} == epochs
     command = f"python search.py resume calm --storage {storage}"
     assert command in log.read_text()
     client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
