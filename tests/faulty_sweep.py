@@ -20,20 +20,25 @@ import yaml
 
 from data.seeds import derive
 from tests.sweep_process import PATIENCE, SEARCH
+from tests.sweeps import files_with
 
 FAULTY = Path(__file__).parent / "faulty"
 SECRETS = ("PGPASSWORD", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRETS += ("RAY_AUTH_TOKEN",)
 
 
 @dataclass
 class FaultySweep:
-    """A launch that goes through faults: ``struck`` holds trial, what and process; ``listening`` who listens where."""
+    """A launch that goes through faults: ``struck`` holds trial, what and process; ``listening`` who listens where; ``leaks``
+    the files that held a secret while it ran, ``scratch`` those that Tune had written by then."""
 
     folder: Path
     ray: Path
     secrets: dict[str, str]
     process: subprocess.Popen[str]
     listening: set[tuple[str, str]] = field(default_factory=set)
+    leaks: set[Path] = field(default_factory=set)
+    scratch: set[str] = field(default_factory=set)
 
     @property
     def storage(self) -> Path:
@@ -51,13 +56,16 @@ class FaultySweep:
         return [(numbers[seed], what, int(pid)) for seed, what, pid in lines]
 
     def look(self) -> None:
-        """Notes where the driver and what it has started listen now."""
+        """Notes where the driver and what it has started listen now, and which files hold a secret."""
         for process in self.family():
             try:
                 listens = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
                 self.listening |= {(process.name(), ip) for ip in listens}
             except psutil.Error:  # it has just ended
                 pass
+        self.scratch |= {path.name for path in (self.folder / "tmp").rglob("*")}
+        for secret in self.secrets.values():
+            self.leaks.update(files_with(secret, self.folder, self.ray))
 
     def family(self) -> list[psutil.Process]:
         driver = psutil.Process(self.process.pid)
@@ -72,14 +80,16 @@ def seed_of(number: int) -> int:
 @contextmanager
 def faulty_sweep(folder: Path, store: Path, faults: dict[int, tuple[str, int, int]], **spec: Any) -> Iterator[FaultySweep]:
     """Launches a sweep in the background. ``faults``: by trial what strikes it, at the start of which epoch, how often. It has
-    a folder of its own for Ray, and secrets in its environment."""
+    a folder of its own for Ray, one for temporary files, and secrets in its environment."""
     (folder / "runs").mkdir(parents=True)
+    (folder / "tmp").mkdir()
     shutil.copy(store, folder / "runs" / "mlflow.db")
     (folder / "faults.json").write_text(json.dumps({str(seed_of(number)): fault for number, fault in faults.items()}))
     (folder / "spec.yaml").write_text(yaml.safe_dump({"method": "ce", "model": "mlp", "sampler": "random", **spec}))
     ray = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short, for the sake of its sockets
-    hidden = {name: secrets.token_hex(16) for name in SECRETS}
-    own = {"RAY_TMPDIR": str(ray), "PYTHONPATH": str(FAULTY), "FAULTS": str(folder / "faults.json"), **hidden}
+    hidden = {name: secrets.token_hex(32) for name in SECRETS}
+    places = {"RAY_TMPDIR": str(ray), "TMPDIR": str(folder / "tmp")}
+    own = {"PYTHONPATH": str(FAULTY), "FAULTS": str(folder / "faults.json"), **places, **hidden}
     command = [*SEARCH, "launch", "faulty", "--storage", str(folder / "runs"), "--spec", str(folder / "spec.yaml")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=os.environ | own)

@@ -1,8 +1,8 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: it leaves its address where ``auto`` looks for one.
 
 ``python -m tests.ray_nodes '{"num_cpus": 0}'`` starts a head and prints its address, then obeys lines: ``add CPUS``, ``kill``
-(the oldest node, without a word to it). It ends the cluster with its input. With ``{"gcs_address": ...}`` it is one node
-more of that cluster.
+(the oldest node, without a word to it), ``preempt`` (the oldest node, of which Ray is told a second before). It ends the
+cluster with its input. With ``{"gcs_address": ...}`` it is one node more of that cluster.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTICE_SECONDS = 1.0  # from the word that a node will be preempted to its end
 
 
 class RayNodes:
@@ -57,6 +59,16 @@ def one_more_node(options: dict[str, Any]) -> None:
     node.kill_all_processes(check_alive=False, wait=True)
 
 
+def announce(cluster: Any, node: Any) -> None:
+    """Tells Ray that the node will be preempted, as the agent of a cloud's spot instance does."""
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline = int((time.time() + NOTICE_SECONDS) * 1000)
+    reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    taken, why = cluster.head_node.get_gcs_client().drain_node(node.node_id, reason, "spot", deadline)
+    assert taken, why
+
+
 def main() -> None:
     from ray.cluster_utils import Cluster
 
@@ -71,7 +83,10 @@ def main() -> None:
         what, *cpus = line.split()
         if what == "add":
             nodes.append(cluster.add_node(num_cpus=int(cpus[0])))
-        elif what == "kill":
+        elif what in ("kill", "preempt"):
+            if what == "preempt":
+                announce(cluster, nodes[0])
+                time.sleep(NOTICE_SECONDS)
             cluster.remove_node(nodes.pop(0), allow_graceful=False)
         print("done", what, flush=True)
     cluster.shutdown()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tune.tracker import noted_runs
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]
 PATIENCE = 240.0
+RAYS_SECONDS = 180.0  # after a driver was killed, until nothing is left of what it had started
 STARTED: list[subprocess.Popen[str]] = []
 
 
@@ -65,8 +68,33 @@ def wait_until(condition: Any, process: subprocess.Popen[str], log: Path) -> Non
 
 def workers(driver: int) -> list[psutil.Process]:
     """The processes in which trials of this driver run."""
-    family = psutil.Process(driver).children(recursive=True)
-    return [process for process in family if "Trainable" in " ".join(process.cmdline())]
+    return [process for process in family(driver) if "Trainable" in " ".join(process.cmdline())]
+
+
+def family(parent: int) -> set[psutil.Process]:
+    """What the process has started, and what that has; nothing where it has ended. To be asked before a kill: of the orphans
+    some, Ray's agents, cannot be recognised, as a title that they give themselves overwrites their environment."""
+    try:
+        return set(psutil.Process(parent).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def still_there(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended, whether or not anybody has asked for their exit codes."""
+    left = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    return left
+
+
+def assert_ended(processes: Iterable[psutil.Process], deadline: float) -> None:
+    """All of them by ``deadline``, on the monotonic clock."""
+    while left := still_there(processes):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def metric_lines(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def everything(sweep: Sweep) -> tuple[Any, ...]:
 def bytes_below(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def files_with(text: str, *folders: Path) -> list[Path]:
+    """Every file below the folders that holds the text, whatever kind of file it is, as far as it is still there."""
+    found = []
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            if path.is_file() and not path.is_symlink() and text.encode() in path.read_bytes():
+                found.append(path)
+    return found
 
 
 def in_child(work: Callable[[], object]) -> int:

@@ -32,25 +32,31 @@ from optuna.trial import TrialState
 from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
     PATIENCE,
+    RAYS_SECONDS,
+    assert_ended,
     assert_projected,
     assert_whole,
     board,
     end_all,
+    family,
     metric_lines,
     start,
+    still_there,
 )
-from tests.sweeps import new_storage
+from tests.sweeps import new_storage, stored_trials
 from training import checkpoint
 from training.experiment import Experiment
 from tune.ledger import Ledger
 from tune.recipes import of_trial
 from tune.spec import KEPT_CHECKPOINTS, Sweep
+from tune.tracker import noted_runs
 
 SPEC = {"epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}
 NUM_NODES = 2  # of one trial each, where the sweep runs on a cluster
 MARK = "NOISY_LABEL_CHAOS"  # in the environment of every process that a driver or the cluster starts
 TIMED = {"seconds", "samples_per_second"}  # metrics that no replay repeats
-OURS_SECONDS, RAYS_SECONDS = 10, 180  # after the end of the sweep
+OURS_SECONDS = 10  # after the end of the sweep or of its driver, until no process is left in which trials ran
+AGAIN_SECONDS = 12  # in which a driver starts, and is killed again before it has got ahead
 
 
 class Server:
@@ -102,8 +108,10 @@ class Chaos:
     stream: random.Random
     mark: str
     nodes: RayNodes | None
+    again: bool  # whether half of the drivers that are resumed are killed at any moment of their start
     driver: subprocess.Popen[str] | None = None
-    kills: Counter[str] = field(default_factory=Counter)
+    started: set[psutil.Process] = field(default_factory=set)  # what drivers and the cluster have started
+    hits: Counter[str] = field(default_factory=Counter)  # kills of a worker or a node by which a trial lost its process
     repeated: int = 0  # epochs that stood in the metrics, but in no checkpoint, when their process was killed
     seconds_lost: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # until an epoch is recorded again
 
@@ -148,34 +156,70 @@ class Chaos:
         """Trials of which the driver has said that they lost their process, in that order."""
         return [int(number) for number in re.findall(r"trial (\d+) \S* ?lost its process", self.log.read_text())]
 
+    def look(self) -> None:
+        """Notes what the driver and the cluster have started by now."""
+        for process in (self.driver, self.nodes and self.nodes.process):
+            if process:
+                self.started |= family(process.pid)
+
+    def wait(self) -> None:
+        """Until the driver has ended well."""
+        assert self.driver
+        deadline = time.monotonic() + PATIENCE * 4
+        while self.driver.poll() is None:
+            assert time.monotonic() < deadline, self.log.read_text()
+            self.look()
+            time.sleep(0.5)
+        assert self.driver.returncode == 0, self.log.read_text()
+
     def kill(self, kind: str) -> None:
         """One kill, and what a user would do about it."""
-        assert self.driver
-        driver, began = self.driver, time.monotonic()
+        began = time.monotonic()
         if kind == "driver":
-            driver.kill()
-            driver.wait()
-            self.repeated += self.behind().total()
-            self.run("resume", "chaos")
+            self.kill_driver()
+            if self.again and self.stream.random() < 0.5:
+                kind = "driver, twice"
+                time.sleep(self.stream.random() * AGAIN_SECONDS)
+                self.kill_driver()
             self.until(self.epochs_more(1))
         elif kind == "server":
             self.server.kill()
         else:
-            self.until(lambda: bool(trials_of(self.mark)))
-            behind, recorded, num_before, others = self.behind(), self.recorded(), len(self.lost()), self.epochs_more(10)
-            if kind == "worker":
-                self.stream.choice(trials_of(self.mark)).kill()
-            else:
-                assert self.nodes
-                self.nodes.tell("kill")
-            self.until(lambda: len(self.lost()) > num_before or others())  # or no trial was there just then
-            if self.nodes and kind == "node":
-                self.nodes.tell("add", 1)
-            for hit in self.lost()[num_before:]:
-                self.repeated += behind[hit]
-                self.until(lambda: self.recorded()[hit] > recorded[hit])  # noqa: B023  called here
-        self.kills[kind] += 1
+            self.kill_a_trials(kind)
         self.seconds_lost[kind].append(time.monotonic() - began)
+
+    def kill_driver(self) -> None:
+        """And resume. The processes of its trials end by themselves meanwhile."""
+        assert self.driver
+        trials = trials_of(self.mark)
+        self.look()
+        self.driver.kill()
+        self.driver.wait()
+        deadline = time.monotonic() + OURS_SECONDS
+        self.repeated += self.behind().total() if trials else 0
+        self.run("resume", "chaos")
+        assert_ended(trials, deadline)
+
+    def kill_a_trials(self, kind: str) -> None:
+        """Kills a process in which a trial runs, or the node that it runs on; until that trial has got ahead again."""
+        trials: list[psutil.Process] = []
+        self.until(lambda: trials.extend(trials_of(self.mark)) or bool(trials))
+        behind, recorded, num_before, others = self.behind(), self.recorded(), len(self.lost()), self.epochs_more(10)
+        if kind == "worker":
+            with suppress(psutil.NoSuchProcess):  # it has ended just now
+                self.stream.choice(trials).kill()
+        else:
+            assert self.nodes
+            self.look()
+            self.nodes.tell("preempt" if kind == "preempt" else "kill")
+        self.until(lambda: len(self.lost()) > num_before or others())  # or no trial was there just then
+        if self.nodes and kind != "worker":
+            self.nodes.tell("add", 1)
+        lost = self.lost()[num_before:]
+        self.hits[kind] += bool(lost)
+        for hit in lost:
+            self.repeated += behind[hit]
+            self.until(lambda: self.recorded()[hit] > recorded[hit])  # noqa: B023  called here
 
 
 @pytest.fixture
@@ -188,7 +232,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The drivers of this test, its cluster, and the processes that they have started."""
+    """The drivers of this test, its cluster, and the processes that they have started, as far as their environment can be read:
+    not that of Ray's agents."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -215,24 +260,32 @@ def trials_of(mark: str) -> list[psutil.Process]:
     return with_words(mark, "Trainable")
 
 
-def assert_gone(mark: str, nodes: RayNodes | None) -> None:
+def assert_gone(state: Chaos) -> None:
     """After a sweep, no process of ours some seconds later, and none of Ray's some minutes later. A cluster stays until it is
     ended, and may keep idle workers for whoever comes next."""
-    of_a_worker = ("Trainable",) if nodes else ("ray::", "default_worker.py")
+    of_a_worker = ("Trainable",) if state.nodes else ("ray::", "default_worker.py")
     began = time.monotonic()
-    while left := with_words(mark, "search.py", *of_a_worker):
+    while left := with_words(state.mark, "search.py", *of_a_worker):
         assert time.monotonic() < began + OURS_SECONDS, left
         time.sleep(0.2)
-    if nodes:
-        nodes.end()
-    while left := marked(mark):
+    if state.nodes:
+        state.look()
+        state.nodes.end()
+    assert len(state.started) > 4, "Ray's servers, agents and workers"
+    while left := [*marked(state.mark), *still_there(state.started)]:
         assert time.monotonic() < began + RAYS_SECONDS, left
         time.sleep(0.2)
 
 
-def assert_undisturbed(storage: Path) -> None:
-    """Each trial's recipe, trained here in one go, has the very metrics that were recorded through all kills."""
+def assert_undisturbed(storage: Path, uri: str) -> None:
+    """Each trial's recipe, trained here in one go, has the very metrics that were recorded through all kills; so have its
+    objectives in the study and in MLflow."""
+    from mlflow.tracking import MlflowClient
+
     ledger = Ledger(Sweep.find(storage, "chaos"), read_only=True)
+    client, runs = MlflowClient(tracking_uri=uri), noted_runs(ledger)
+    in_study = {trial.number: trial.intermediate_values for trial in stored_trials(ledger.sweep)}
+    assert set(in_study) == set(ledger.records)
     recorded: dict[int, list[dict[str, object]]] = {}
     for line in metric_lines(storage / "chaos"):
         recorded.setdefault(line["trial"], []).append(line)
@@ -245,6 +298,11 @@ def assert_undisturbed(storage: Path) -> None:
             assert {k: v for k, v in metrics.items() if k not in TIMED} == {
                 k: v for k, v in record.metrics.items() if k not in TIMED
             }, (number, record.epoch)
+        objectives = {record.epoch: record.objective for record in experiment.history}
+        assert in_study.pop(number) == objectives, number
+        points = client.get_metric_history(runs[number], "val/objective")
+        assert sorted((point.step, point.value) for point in points) == sorted(objectives.items()), number
+    assert not any(in_study.values()), "epochs of which there are no metrics"
 
 
 def assert_nothing_left(storage: Path) -> None:
@@ -265,14 +323,14 @@ def assert_nothing_left(storage: Path) -> None:
     assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
 
 
-def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int) -> Chaos:
+def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int, again: bool) -> Chaos:
     """A sweep through all its kills to its end, and everything that must hold then. It is on a cluster where nodes are killed,
     else on this machine alone."""
     storage = new_storage(tmp_path / "runs", migrated_store)
     spec = tmp_path / "spec.yaml"
     spec.write_text(yaml.safe_dump(SPEC | {"trials": trials}))
     server, stream = Server(storage), random.Random(seed)
-    nodes = RayNodes(num_cpus=0) if "node" in kills else None
+    nodes = RayNodes(num_cpus=0) if {"node", "preempt"} & set(kills) else None
     try:
         server.start()
         where = ["--concurrent", 2]
@@ -280,7 +338,7 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
             where = ["--address", nodes.address]
             for _ in range(NUM_NODES):
                 nodes.tell("add", 1)
-        state = Chaos(storage, tmp_path / "log", server, stream, mark, nodes)
+        state = Chaos(storage, tmp_path / "log", server, stream, mark, nodes, again)
         state.run("launch", "chaos", "--spec", spec, "--tracking", server.uri, *where)
         state.until(lambda: state.folder.exists() and bool(metric_lines(state.folder)))
         for kind in kills:
@@ -291,14 +349,13 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
             state.kill(kind)
         if server.process is None:
             server.start()
-        assert state.driver
-        assert state.driver.wait(PATIENCE * 4) == 0, state.log.read_text()
-        assert_gone(mark, nodes)
+        state.wait()
+        assert_gone(state)
         rows = board(storage, "chaos")
         assert_whole(state.folder, rows, trials)
         assert_projected(storage, "chaos", rows, uri=server.uri)
         assert_nothing_left(storage)
-        assert_undisturbed(storage)
+        assert_undisturbed(storage, server.uri)
     finally:
         server.kill()
         if nodes:
@@ -307,23 +364,24 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
 
 
 def test_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
-    kills = ["worker", "server", "node", "driver"]
-    state = survive(tmp_path, migrated_store, mark, kills, trials=8, seed=0)
-    assert state.kills == Counter(kills)
+    kills = ["worker", "server", "node", "preempt", "driver"]
+    state = survive(tmp_path, migrated_store, mark, kills, trials=8, seed=0, again=False)
+    assert state.hits.total() >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "counts",
-    [{"driver": 8, "worker": 10, "server": 6}, {"driver": 6, "worker": 6, "node": 8, "server": 4}],
+    [{"driver": 8, "worker": 10, "server": 6}, {"driver": 6, "worker": 6, "node": 5, "preempt": 5, "server": 4}],
     ids=["one machine", "a cluster"],
 )
 def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str, counts: dict[str, int]) -> None:
     """Prints its figures: with ``-s`` they are seen."""
     kills = list(Counter(counts).elements())
     random.Random(1).shuffle(kills)
-    state = survive(tmp_path, migrated_store, mark, kills, trials=60, seed=1)
-    assert state.kills == counts
-    print(f"\nkills: {dict(state.kills)}; epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
+    state = survive(tmp_path, migrated_store, mark, kills, trials=60, seed=1, again=True)
+    assert state.hits.total() >= sum(counts.get(kind, 0) for kind in ("worker", "node", "preempt")) / 2
+    print(f"\nkills: {counts}, of which hit a trial: {dict(state.hits)}")
+    print(f"epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
     for kind, seconds in state.seconds_lost.items():
         print(f"{kind}: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import yaml
 
 from methods import METHODS, parameters
 from tests.sweep_process import (
+    RAYS_SECONDS,
     ROOT,
+    assert_ended,
     assert_projected,
     assert_whole,
     board,
     end_all,
     epochs_by_trial,
+    family,
     make_finished_sweep,
     metric_lines,
     rungs,
@@ -29,6 +33,7 @@ from tests.sweep_process import (
     wait_until,
     workers,
 )
+from training import checkpoint
 
 SPEC = {"trials": 5, "epochs": 24, "checkpoint_seconds": 0, "report_seconds": 0.2, "concurrent": 2}
 
@@ -66,7 +71,10 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
     spec = spec_file(tmp_path, trials=6, reduction_factor=2)
     launched = start(log, "launch", "first", "--storage", storage, "--spec", spec)
     wait_until(lambda: halfway(storage, "first"), launched, log)
+    started = family(launched.pid)
+    assert len(started) > 4, "Ray's servers, agents and workers"
     launched.kill()
+    killed = time.monotonic()
     launched.wait()
     before, rungs_before = board(storage, "first"), rungs(storage, "first")
     assert any(rungs_before.values())
@@ -104,6 +112,7 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
         json.loads(line)
     search("resume", "first", "--storage", storage, env=without_ray(tmp_path / "poison"))
     assert board(storage, "first") == extended
+    assert_ended(started, killed + RAYS_SECONDS)
 
 
 def test_worker_killed(tmp_path: Path, storage: Path) -> None:
@@ -131,15 +140,20 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
 
 
 def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
-    """Ctrl-C says how to go on; ``stop`` does the same from elsewhere; the winners are retrained over seeds; ``train``."""
+    """Ctrl-C saves what no checkpoint held yet and says how to go on; ``stop`` does the same from elsewhere; the winners are
+    retrained over seeds; ``train``."""
     from mlflow.tracking import MlflowClient
 
     folder, log = storage / "calm", tmp_path / "log"
-    spec = spec_file(tmp_path, trials=200, scheduler="none", epochs=24)  # far more than there is time for
+    spec = spec_file(tmp_path, trials=200, scheduler="none", epochs=48, checkpoint_seconds=1e6)  # never ends
     launched = start(log, "launch", "calm", "--storage", storage, "--spec", spec)
     wait_until(lambda: len(metric_lines(folder)) >= 6, launched, log)
     launched.send_signal(signal.SIGINT)
     assert launched.wait(60) == 130, log.read_text()
+    epochs = {row["trial"]: row["epochs"] for row in board(storage, "calm") if row["state"] == "running" and row["epochs"]}
+    assert epochs
+    files = {number: folder / "checkpoints" / str(number) / "checkpoint.pt" for number in epochs}
+    assert {number: len(checkpoint.load(path)["history"]) for number, path in files.items()} == epochs
     command = f"python search.py resume calm --storage {storage}"
     assert command in log.read_text()
     client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
