@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -130,3 +131,21 @@ def test_a_ray_that_comes_up_at_the_second_attempt() -> None:
     done = subprocess.run([sys.executable, "-c", TOO_SLOW_AT_FIRST], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "raylet gcs_server\n", done.stderr
     assert done.returncode == 0
+
+
+def test_a_preempted_node_costs_a_process_as_any_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune does not count it as a failure by itself: it would run the trial again beside the desk, which does so, too."""
+    from ray.exceptions import ActorDiedError
+    from ray.tune.experiment import Trial
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE", None)
+    error = ActorDiedError()
+    error._preempted = True
+    assert error.preempted
+    for prepared in (False, True):
+        if prepared:
+            executor._prepare()
+        trial = Trial("x", stub=True)
+        trial._handle_ray_actor_error(error)
+        assert trial.should_recover() is not prepared
