@@ -5,6 +5,7 @@ Then everything is compared with what nobody disturbed: each trial's recipe, tra
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -318,8 +319,8 @@ def assert_nothing_left(storage: Path) -> None:
     assert held == names | {f"{name}/checkpoint.pt" for name in names}
     files = {path.name for path in (storage / "chaos").iterdir()} - {"checkpoints"}
     assert files == {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "best_config.yaml"}
-    sweep = Sweep.find(storage, "chaos").provenance["id"]
-    assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{sweep}*")), "what Tune wrote"
+    scratch = hashlib.sha256(str(storage / "chaos").encode()).hexdigest()[:16]
+    assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{scratch}*")), "what Tune wrote"
     assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
 
 

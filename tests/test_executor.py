@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -149,3 +150,15 @@ def test_a_preempted_node_costs_a_process_as_any_other_does(monkeypatch: pytest.
         trial = Trial("x", stub=True)
         trial._handle_ray_actor_error(error)
         assert trial.should_recover() is not prepared
+
+
+def test_what_tune_wrote_for_a_killed_driver_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only that: a copy of the sweep, which has the same id, may be running."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sweep = make_sweep(tmp_path / "runs")
+    copied = dataclasses.replace(sweep, folder=tmp_path / "runs" / "copy")
+    left, other = executor.own_folder(sweep), executor.own_folder(copied)
+    new = executor.own_folder(sweep)
+    assert not left.exists()
+    assert other.is_dir()
+    assert new.is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -205,9 +206,9 @@ def check_cluster(sweep: Sweep) -> None:
         ray.shutdown()
 
 
-def own_folder(sweep: str) -> Path:
+def own_folder(sweep: Sweep) -> Path:
     """A folder for what Tune writes, which nobody reads. Those that killed drivers of the sweep left on this machine go."""
-    prefix = f"noisy-label-search-{sweep}-"
+    prefix = f"noisy-label-search-{hashlib.sha256(str(sweep.folder).encode()).hexdigest()[:16]}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=prefix))
@@ -226,7 +227,7 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
     passed_on -= {name for name in passed_on if name.startswith("AWS_")}
     progress = TrialProgressCallback()
     vars(progress)["_print"] = lambda line: None
-    scratch = own_folder(desk.ledger.sweep.provenance["id"])
+    scratch = own_folder(desk.ledger.sweep)
     try:
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
