@@ -164,14 +164,16 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     num_lines = len(metric_lines(folder))
     resumed = start(log, "resume", "calm", "--storage", storage)
     wait_until(lambda: len(metric_lines(folder)) > num_lines + 4, resumed, log)
-    assert "exists" in search("launch", "calm", "--storage", storage, check=2).stderr
-    assert "is being run by process" in search("resume", "calm", "--storage", storage, check=2).stderr
+    for verb in ("launch", "resume"):
+        refused = search(verb, "calm", "--storage", storage, check=2).stderr
+        assert f"sweep 'calm' is being run by process {resumed.pid} on " in refused, refused
     assert command in search("stop", "calm", "--storage", storage).stdout
     assert resumed.wait(60) == 143, log.read_text()
     search("resume", "calm", "--storage", storage, "--trials", len(board(storage, "calm")))  # those that have begun
     rows = board(storage, "calm")
     assert_whole(folder, rows, len(rows))
     assert_projected(storage, "calm", rows)
+    assert "sweep 'calm' exists in " in search("launch", "calm", "--storage", storage, check=2).stderr
 
     table = search("retrain", "calm", "--storage", storage, "--top", 1, "--seeds", 2, "--json")
     (row,) = json.loads(table.stdout)
