@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -125,45 +125,36 @@ def launch(options: argparse.Namespace) -> int:
 
     how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
     ended = sweep.launch(options.name, options.home, spec, **how)
-    return finish(ended)
+    return finish(ended, shown(10))
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
     ended = sweep.resume(options.name, options.home, given(options))
-    return finish(ended)
+    return finish(ended, shown(10))
 
 
-def finish(ended: Ended) -> int:
-    """The leaderboard after a run, and its last words, which come also where a database has gone."""
+def finish(ended: Ended, table: Callable[[Ledger], str]) -> int:
+    """The table after a run, and its last words, which come also where a database has gone."""
     try:
         if ended.ledger:
-            show(ended.ledger, 10)
+            print(table(ended.ledger), flush=True)
     except OSError as error:
-        print(f"warning: the leaderboard cannot be shown: {error}", file=sys.stderr)
+        print(f"warning: the table cannot be shown: {error}", file=sys.stderr)
     return ended.say()
 
 
 def retrain(options: argparse.Namespace) -> int:
     top, num_seeds = whole_number("--top", options.top, 1), whole_number("--seeds", options.seeds, 1)
     from tune import sweep
-    from tune.ledger import RETRAIN, Ledger
     from tune.report import retrain_rows, retrain_text
-    from tune.spec import Sweep
 
-    if options.json:
-        stdout, sys.stdout = sys.stdout, sys.stderr  # the JSON stands alone
-        try:
-            ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
-            ended.say()
-        finally:
-            sys.stdout = stdout
-    else:
+    if not options.json:
+        return finish(sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds), retrain_text)
+    with contextlib.redirect_stdout(sys.stderr):  # the JSON stands alone
         ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
-    ledger = Ledger(Sweep.find(options.home, options.name), RETRAIN, read_only=True)
-    print(json.dumps(retrain_rows(ledger), indent=1) if options.json else retrain_text(ledger))
-    return ended.code if options.json else ended.say()
+    return finish(ended, lambda ledger: json.dumps(retrain_rows(ledger), indent=1))
 
 
 def best(options: argparse.Namespace) -> int:
@@ -175,7 +166,7 @@ def best(options: argparse.Namespace) -> int:
 
     ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
     if not (options.json or options.rungs):
-        show(ledger, top)
+        print(shown(top)(ledger))
         return 0
     board = rows(ledger, noted_runs(ledger))
     if options.rungs:
@@ -185,12 +176,12 @@ def best(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(ledger: Ledger, top: int) -> None:
-    """Prints the leaderboard, and where to go from there."""
+def shown(top: int) -> Callable[[Ledger], str]:
+    """The leaderboard, and where to go from there."""
     from tune.report import leaderboard_text
     from tune.tracker import noted_runs
 
-    print(leaderboard_text(ledger, noted_runs(ledger), top))
+    return lambda ledger: leaderboard_text(ledger, noted_runs(ledger), top)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -290,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process without taking the interpreter apart, in which the threads that Ray leaves behind crash now and then."""
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

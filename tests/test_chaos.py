@@ -30,6 +30,7 @@ import yaml
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from tests.faulty_sweep import FAULTY
 from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
     PATIENCE,
@@ -41,6 +42,7 @@ from tests.sweep_process import (
     end_all,
     family,
     metric_lines,
+    search,
     start,
     still_there,
 )
@@ -52,7 +54,8 @@ from tune.recipes import of_trial
 from tune.spec import KEPT_CHECKPOINTS, Sweep
 from tune.tracker import noted_runs
 
-SPEC = {"epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}
+SPEC = {"trials": 5000, "epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}  # never ends
+EPOCH_SECONDS = 0.1  # by which its epochs are slowed down: kills are rare, and each is trained again at the end
 NUM_NODES = 2  # of one trial each, where the sweep runs on a cluster
 MARK = "NOISY_LABEL_CHAOS"  # in the environment of every process that a driver or the cluster starts
 TIMED = {"seconds", "samples_per_second"}  # metrics that no replay repeats
@@ -163,6 +166,12 @@ class Chaos:
             if process:
                 self.started |= family(process.pid)
 
+    def stop(self) -> None:
+        assert self.driver
+        self.look()
+        search("stop", "chaos", "--storage", self.storage)
+        assert self.driver.wait(PATIENCE) == 143, self.log.read_text()
+
     def wait(self) -> None:
         """Until the driver has ended well."""
         assert self.driver
@@ -225,9 +234,11 @@ class Chaos:
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A name that every process which a driver of this test starts carries in its environment."""
+    """A name that every process which a driver of this test starts carries in its environment, beside what slows epochs."""
     name = uuid.uuid4().hex
     monkeypatch.setenv(MARK, name)
+    monkeypatch.setenv("PYTHONPATH", str(FAULTY))
+    monkeypatch.setenv("EPOCH_SECONDS", str(EPOCH_SECONDS))
     yield name
     end_all()
 
@@ -324,12 +335,12 @@ def assert_nothing_left(storage: Path) -> None:
     assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
 
 
-def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, trials: int, seed: int, again: bool) -> Chaos:
-    """A sweep through all its kills to its end, and everything that must hold then. It is on a cluster where nodes are killed,
-    else on this machine alone."""
+def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, seed: int, again: bool) -> Chaos:
+    """A sweep through all its kills; then it is stopped, what it has begun is finished, and everything must hold. It is on a
+    cluster where nodes are killed, else on this machine alone."""
     storage = new_storage(tmp_path / "runs", migrated_store)
     spec = tmp_path / "spec.yaml"
-    spec.write_text(yaml.safe_dump(SPEC | {"trials": trials}))
+    spec.write_text(yaml.safe_dump(SPEC))
     server, stream = Server(storage), random.Random(seed)
     nodes = RayNodes(num_cpus=0) if {"node", "preempt"} & set(kills) else None
     try:
@@ -350,7 +361,11 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
             state.kill(kind)
         if server.process is None:
             server.start()
+        state.stop()
+        trials = len(board(storage, "chaos"))
+        state.run("resume", "chaos", "--trials", trials)
         state.wait()
+        assert "View run" not in state.log.read_text(), "MLflow's client prints no address of a page for each run"
         assert_gone(state)
         rows = board(storage, "chaos")
         assert_whole(state.folder, rows, trials)
@@ -366,7 +381,7 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
 
 def test_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
     kills = ["worker", "server", "node", "preempt", "driver"]
-    state = survive(tmp_path, migrated_store, mark, kills, trials=8, seed=0, again=False)
+    state = survive(tmp_path, migrated_store, mark, kills, seed=0, again=False)
     assert state.hits.total() >= 1
 
 
@@ -380,10 +395,11 @@ def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark
     """Prints its figures: with ``-s`` they are seen."""
     kills = list(Counter(counts).elements())
     random.Random(1).shuffle(kills)
-    state = survive(tmp_path, migrated_store, mark, kills, trials=60, seed=1, again=True)
+    state = survive(tmp_path, migrated_store, mark, kills, seed=1, again=True)
     for kind in ("worker", "node", "preempt"):
         assert state.hits[kind] >= counts.get(kind, 0) / 2, state.hits
     print(f"\nkills: {counts}, of which hit a trial: {dict(state.hits)}")
-    print(f"epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
+    num_trials = len(board(state.storage, "chaos"))
+    print(f"{num_trials} trials; epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
     for kind, seconds in state.seconds_lost.items():
         print(f"{kind}: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")

@@ -542,7 +542,7 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
     assert search.main(["resume", "first", "--ledger", home.place]) == 1
     own_server.start()
     said = capsys.readouterr()
-    assert "warning: the leaderboard cannot be shown: database " in said.err
+    assert "warning: the table cannot be shown: database " in said.err
     last = said.err.splitlines()[-1]
     assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
     assert last.endswith(f"; go on with: python search.py resume first --ledger '{home.place}'")

@@ -42,6 +42,8 @@ def test_a_path_below_a_url() -> None:
     assert str(location("s3://bucket") / "first") == "s3://bucket/first"
     assert (location("s3://bucket/") / "first").parent == location("s3://bucket/")
     assert location("runs") == Path("runs").resolve()
+    for url in ("s3://bucket/alice@corp/runs", "abfss://container@account.dfs.core.windows.net/alice@corp"):
+        assert str(location(url)) == url
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,7 @@ def test_a_path_below_a_url() -> None:
         (f"gs://{SECRET}@bucket/runs", "gs://bucket/runs"),
         (f"abfs://container:{SECRET}@account.dfs.core.windows.net/runs", "abfs://account.dfs.core.windows.net/runs"),
         (f"abfss://container@account.dfs.core.windows.net/runs?client_secret={SECRET}", "abfss://account.dfs.core"),
+        (f"abfss://container@account.dfs.core.windows.net/runs?sv=2020&SIG={SECRET}", "abfss://account.dfs.core"),
     ],
 )
 def test_credentials_in_a_url_are_refused(url: str, shown: str) -> None:

@@ -506,6 +506,28 @@ def test_runs_that_were_made_without_an_answer_go(storage: Path, seen: str) -> N
     assert {run["run_id"] for run in read_store(storage).values()} == before
 
 
+def test_runs_of_a_copy_on_the_same_server_stay(storage: Path, tmp_path: Path) -> None:
+    """A folder that was copied has the same id. Both are extended; neither's runs go when the other is brought up to date."""
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(storage, "")
+    play(Ledger(start_sweep(storage)), trials=4)
+    Projection(Ledger(Sweep.find(storage, "first")), uri).close(spent=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(storage / "first", copy / "first")
+    ledgers = [Ledger(Sweep.find(home, "first")) for home in (storage, copy)]
+    projections = [Projection(ledger, uri) for ledger in ledgers]
+    for ledger, projection in zip(ledgers, projections, strict=True):
+        play(ledger, trials=6)
+        projection.sync()
+    runs = {run for projection in projections for run in projection.runs.values()}
+    assert len(runs) > len(projections[0].runs), "each has runs of its own for the trials that came later"
+    for projection in (*projections, *(Projection(ledger, uri) for ledger in ledgers)):
+        projection.close(spent=True)
+    found = MlflowClient(tracking_uri=uri).search_runs([projections[0].experiment_id])
+    assert {run.info.run_id for run in found} == runs | {projections[0].parent}
+
+
 def test_the_thread_keeps_up_while_a_sweep_runs(
     storage: Path, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,33 @@ def test_a_sweep_is_projected_with_a_login_from_the_environment(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize(("status", "code"), [(401, "UNAUTHENTICATED"), (403, "PERMISSION_DENIED")])
+def test_a_login_that_is_refused_in_json(status: int, code: str) -> None:
+    """As servers other than MLflow's own refuse it: without the number in what they say."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do(self) -> None:
+            body = json.dumps({"error_code": code, "message": "not you"}).encode()
+            self.send_response(200 if self.path == "/health" else status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do  # noqa: N815  the names that http.server looks for
+
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ValueError, match=f"{code}: not you; a login comes from MLFLOW_TRACKING_USERNAME"):
+            check_tracking(f"http://127.0.0.1:{server.server_address[1]}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_without_the_login_the_sweep_says_that_mlflow_is_behind(
     door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

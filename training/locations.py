@@ -8,7 +8,9 @@ import uuid
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
+
+AT = "an @ that ends no login is written %40"
 
 
 class Credentials(NamedTuple):
@@ -41,7 +43,9 @@ class Remote:
         """ValueError where the URL is not readable or holds credentials."""
         parts, (userinfo, query, shown) = urlsplit(url), Credentials.of(url)
         container = parts.scheme in ("abfs", "abfss")  # theirs stands before the account's ``@``
-        if (":" in userinfo if container else userinfo) or "client_secret" in query:
+        has_user = "@" in parts.netloc and not container  # elsewhere it is part of a name, but for what a colon precedes
+        secrets = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)} & {"client_secret", "sig"}
+        if has_user or ":" in userinfo or secrets:
             raise ValueError(f"{shown!r} is not allowed with credentials in the URL; they come from the environment")
         self._root = f"{parts.scheme}://{parts.netloc}/"
         self._path = parts.path.strip("/")

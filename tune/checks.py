@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.dataset import Dataset
 from models import make_model
-from training.locations import Credentials, Location, check_writable
+from training.locations import AT, Credentials, Location, check_writable
 from tune.cluster import address_of
 from tune.spec import SweepSpec
 from tune.tracker import quiet
@@ -92,7 +92,7 @@ def clean(uri: str) -> str:
         instead = HTTP_LOGIN if kind in WEB else "up an MLflow server in front of the database"
         instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
         what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
-        raise ValueError(f"--tracking: the URL of {shown!r} holds {what}; leave it out and set {instead}")
+        raise ValueError(f"--tracking: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
     if kind in WEB:
         try:
             host, _ = urllib.parse.urlsplit(uri).hostname, urllib.parse.urlsplit(uri).port
@@ -109,7 +109,7 @@ def kind_of(uri: str) -> str:
 
 
 def check_tracking(uri: str) -> None:
-    """ValueError where ``uri`` is not a tracking URI, NoAnswer where what it names does not answer within five seconds."""
+    """ValueError where ``uri`` is not a tracking URI, NoAnswer where what it names does not answer within seconds."""
     kind = kind_of(uri)
     if kind in WEB:
         try:
@@ -137,7 +137,7 @@ def _check_login(uri: str) -> None:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
         said = str(error).strip().splitlines()[0][:200]
-        if not re.search(r"\b40[13]\b", said):
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", said):
             raise NoAnswer(f"tracking server {uri} cannot be used: {said}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
         raise ValueError(f"tracking server {uri} cannot be used: {said}; {login}") from error

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, errors
 
-from training.locations import Credentials, Location, location, names, remove
-from tune.files import LOCK, PROBE, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
+from training.locations import AT, Credentials, Location, location, names, remove
+from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
 RETRY_SECONDS = 60.0  # that a database which is away is waited for
@@ -76,7 +76,8 @@ def check_url(url: str) -> str:
     except psycopg.ProgrammingError as error:  # it may quote the password
         raise ValueError(f"--ledger: {shown!r} is not readable; {allowed}") from error
     if ":" in userinfo or parts.get("password") or parts.get("sslpassword"):
-        raise ValueError(f"--ledger: the URL of {shown!r} holds a password; leave it out and set PGPASSWORD, or use ~/.pgpass")
+        instead = f"leave it out and set PGPASSWORD, or use ~/.pgpass ({AT})"
+        raise ValueError(f"--ledger: the URL of {shown!r} holds a password; {instead}")
     return url
 
 
@@ -350,7 +351,7 @@ class DatabaseHome(Home):
         with files.lock(""):
             if self.exists(name):
                 raise self.taken(name)
-            kept = set(names(folder)) - {PROBE}  # a launch that was killed leaves no more than that in it
+            kept = [name for name in names(folder) if not name.startswith(".")]  # a launch that was killed may leave those
             if kept or (isinstance(folder, Path) and folder.is_file()):
                 raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed

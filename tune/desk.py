@@ -59,9 +59,7 @@ class Desk:
         self.halted = threading.Event()  # no new trial, and none goes on
         self.problem = ""  # why the sweep stopped itself
         self.failures_in_row = 0
-        self.heard = (
-            0.0  # the clock at the last result; where none has come yet, when the first of the live trials was handed out
-        )
+        self.heard = 0.0  # the clock at the last result; before any has come, when the first of the live trials was handed out
         self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
         self._drop_stray_checkpoints()
         for record in ledger.unfinished():

@@ -53,9 +53,13 @@ class Display:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The table goes, and the cursor comes back."""
         self._stop.set()
         if self.live:
-            self._thread.join()
+            self._thread.join(2 * REFRESH)
             self._show(self.live.stop)
 
     def event(self, kind: str, record: Record) -> None:

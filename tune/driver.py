@@ -5,6 +5,8 @@ from __future__ import annotations
 import _thread
 import contextlib
 import math
+import os
+import select
 import signal
 import threading
 import time
@@ -18,6 +20,8 @@ from tune.files import Flag, Unreachable
 GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
 STUCK_SECONDS = 9.0  # after which Ray is not waited for any more
 STOP_SECONDS = 10.0  # from Ctrl-C to the last line
+LOOK_SECONDS = 0.5  # between two looks at whether a stop was asked for, or Ray is gone
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,7 +33,7 @@ class Interruption:
     """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off.
 
     The same where Ray has died, as ``gone`` says. ``farewell`` is called, from another thread, where the main one stays in a
-    call of Ray's all the same: it has nobody to wait for. It ends the process.
+    call of Ray's all the same, in which Python's handlers do not run either: it has nobody to wait for. It ends the process.
     """
 
     def __init__(self, desk: Desk, request: Flag, farewell: Callable[[], None] = lambda: None) -> None:
@@ -39,13 +43,17 @@ class Interruption:
         self.gone: Callable[[], str] = lambda: ""  # why Ray is no more; empty while it is there
         self.signal = 0
         self.since = 0.0  # when the signal came
-        self._limit = math.inf  # for the main thread to come out of Ray
+        self._handled = False
+        self._settled = False
         self._over = threading.Event()
 
     def __enter__(self) -> Interruption:
         self.request.unlink(missing_ok=True)
+        arrivals, self._arrived = os.pipe()
+        os.set_blocking(self._arrived, False)
+        self._previous_pipe = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
         self._previous = self.listen()
-        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        threading.Thread(target=self._watch, args=(arrivals,), name="stop-request", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -53,21 +61,27 @@ class Interruption:
         self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._arrived)
         with contextlib.suppress(Unreachable):
             self.request.unlink(missing_ok=True)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise Interrupted
-        self.signal, self.since = number, time.monotonic()
-        self._limit = self.since + STUCK_SECONDS
+    def _note(self, number: int) -> None:
+        if not self.signal:
+            self.since, self.signal = time.monotonic(), number
         self.desk.halted.set()
-        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._handled:
+            raise Interrupted
+        self._handled = True
+        self._note(number)
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, self.since + GRACE_SECONDS - time.monotonic()))
 
     def listen(self) -> dict[int, Any]:
         """Installs the handlers, and returns the ones before. To be called again after Ray has shut down, which makes SIGTERM
         deadly again without telling Python."""
-        handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), self._handle)
+        handlers: dict[int, Any] = dict.fromkeys(STOPS - {signal.SIGHUP}, self._handle)
         handlers[signal.SIGALRM] = self._give_up
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that goes away, unless nohup says that it may
             handlers[signal.SIGHUP] = self._handle
@@ -75,7 +89,7 @@ class Interruption:
 
     def settle(self) -> None:
         """The trials have stopped: what is left to do is not broken off, but by a second signal."""
-        self._limit = math.inf
+        self._settled = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def left(self) -> float:
@@ -85,20 +99,26 @@ class Interruption:
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted
 
-    def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            if time.monotonic() > self._limit:
+    def _watch(self, arrivals: int) -> None:
+        """``arrivals``: Python writes the number of each signal there when it comes, not when it is handled."""
+        limit = math.inf  # for the main thread to come out of Ray
+        while not self._over.is_set():
+            came = os.read(arrivals, 64) if select.select([arrivals], [], [], LOOK_SECONDS)[0] else b""
+            for number in STOPS.intersection(came):
+                self._note(number)
+                limit = min(limit, self.since + STUCK_SECONDS)
+            if time.monotonic() > limit and not self._settled:
                 self.farewell()
                 return
-            if self._limit < math.inf:
+            if limit < math.inf:
                 continue
             gone = self.gone
             if (reason := gone()) and self.gone is gone:  # it is taken away before we end Ray ourselves
-                self._limit = time.monotonic() + STUCK_SECONDS
+                limit = time.monotonic() + STUCK_SECONDS
                 self.desk.halt(reason)
-            elif self._asked():
-                self._limit = time.monotonic() + STUCK_SECONDS
-                _thread.interrupt_main(signal.SIGTERM)
+            elif self._asked() and not self.signal:
+                _thread.interrupt_main(signal.SIGTERM)  # which arrives as any other
+        os.close(arrivals)
 
     def _asked(self) -> bool:
         try:

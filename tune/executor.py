@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -128,8 +129,9 @@ def connect(address: str) -> None:
         check_answers(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for "auto" alone
     vars(worker)["print_to_stdstream"] = lambda *told, **how: None  # pages of its log for each node that dies
-    own_session = functools.partial(subprocess.Popen, start_new_session=True)
-    vars(services)["ConsolePopen"] = own_session  # a terminal that goes away is for us to notice, not for Ray's processes
+    if sys.platform == "linux":  # elsewhere they end with the driver because they are of its group
+        own_session = functools.partial(subprocess.Popen, start_new_session=True)
+        vars(services)["ConsolePopen"] = own_session  # a terminal that goes away is for us to notice, not for Ray's processes
     set_handler = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None  # Ray's would exit without a word; ours stay
     try:

@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
 LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
 STOP_REQUEST = "stop"  # by which another process asks the driver to stop
-PROBE = ".probe"  # among the checkpoints, while a cluster's nodes are asked whether they see them
+PROBE = ".probe"  # in the sweep's folder, while a cluster's nodes are asked whether they see it
 STALE_SECONDS = 60  # longer than a folder that is being made goes without its lock
 
 

@@ -251,7 +251,7 @@ class Sweep:
             content = yaml.safe_load(text)
             spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
             provenance = content["provenance"]
-            if not NAME.fullmatch(provenance["id"]):  # it is part of a folder's name
+            if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
                 raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
             return cls(home.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:

@@ -10,10 +10,11 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from optuna.trial import TrialState
 
@@ -67,8 +68,13 @@ class Ended(NamedTuple):
     def say(self) -> int:
         """Says the last words; returns the exit code."""
         if self.advice:
-            print(self.advice, file=sys.stderr if self.code == 1 else sys.stdout, flush=True)
+            tell(self.advice, sys.stderr if self.code else sys.stdout)
         return self.code
+
+
+def tell(text: str, file: TextIO) -> None:
+    with contextlib.suppress(OSError):  # a terminal or a pipe that is gone takes nothing else with it
+        print(text, file=file, flush=True)
 
 
 def launch(
@@ -115,7 +121,9 @@ def launch(
             for line in moved:
                 print(line)
         sweep.write()
-    return execute(Sweep.find(home, name), SWEEP, command)
+    sweep = Sweep.find(home, name)
+    with sweep.files.lock(command):
+        return execute(sweep, SWEEP, command)
 
 
 def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
@@ -181,17 +189,16 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
         check_tracking(tracking_uri(sweep.storage, spec.tracking))
     except NoAnswer as error:
         print(f"warning: {error}; the runs are brought up to date when it is back", file=sys.stderr)
-    before, sweep = sweep, dataclasses.replace(sweep, spec=spec)
-    if not changes:
-        return execute(sweep, SWEEP, command)
     with sweep.files.lock(command):
-        sweep.write()
-    try:
-        return execute(sweep, SWEEP, command)
-    except ValueError:  # what is refused, a cluster that is not there, is not kept for the next time
-        with sweep.files.lock(command):
-            before.write()
-        raise
+        changed = dataclasses.replace(sweep, spec=spec)
+        if changes:
+            changed.write()
+        try:
+            return execute(changed, SWEEP, command)
+        except ValueError:  # what is refused, a cluster that is not there, is not kept for the next time
+            if changes:
+                sweep.write()
+            raise
 
 
 def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
@@ -212,7 +219,7 @@ def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
         sweep.files.add_part(RETRAIN)
         ledger = Ledger(sweep, RETRAIN, create=True)
         enqueue_retraining(ledger, best, num_seeds)
-    return execute(sweep, RETRAIN, command)
+        return execute(sweep, RETRAIN, command)
 
 
 def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:
@@ -256,47 +263,52 @@ def stop(name: str, home: Path | Home, patience: float = 60.0) -> int:
 
 
 def execute(sweep: Sweep, kind: str, command: str) -> Ended:
-    """Runs what is left of a study; ``command`` goes on with it. The exit code is 0, 1 where the sweep stopped itself or a
-    retraining is incomplete, 128 and the signal's number where it was interrupted."""
-    with sweep.files.lock(command):
-        ledger = Ledger(sweep, kind)
-        uri = tracking_uri(sweep.storage, sweep.spec.tracking)
-        with Display(ledger, ledger.total) as display:
-            desk = Desk(ledger, total=ledger.total, concurrent=0, on_event=display.event)
-            idle = ledger.spent
-            trackers = [Tracker(ledger, uri, display.line)]
-            if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
-                trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
+    """Runs what is left of a study, under the caller's lock; ``command`` goes on with it. The exit code is 0, 1 where the sweep
+    stopped itself or a retraining is incomplete, 128 and the signal's number where it was interrupted."""
+    ledger = Ledger(sweep, kind)
+    uri = tracking_uri(sweep.storage, sweep.spec.tracking)
+    with Display(ledger, ledger.total) as display:
+        desk = Desk(ledger, total=ledger.total, concurrent=0, on_event=display.event)
+        idle = ledger.spent
+        trackers = [Tracker(ledger, uri, display.line)]
+        if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
+            trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
 
-            def close_trackers(within: float) -> None:
-                for tracker in trackers:
-                    tracker.close(spent=tracker.ledger.spent, patience=5 if desk.problem else 30, within=within)
-                    if tracker.problem:
-                        behind = f"MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date"
-                        print(f"warning: {behind}", file=sys.stderr)
+        def close_trackers(within: float) -> None:
+            for tracker in trackers:
+                tracker.close(spent=tracker.ledger.spent, patience=5 if desk.problem else 30, within=within)
+                if tracker.problem:
+                    behind = f"MLflow is behind the ledger ({tracker.problem}); a resume brings it up to date"
+                    tell(f"warning: {behind}", sys.stderr)
 
-            def farewell() -> None:
-                close_trackers(within=0.5)
-                ended = outcome(ledger, desk, interruption.signal, command, idle)
-                ended.say()
-                sys.stdout.flush()
-                os._exit(ended.code)
-
-            interruption = Interruption(desk, sweep.files.stop_request, farewell)
-            with interruption, contextlib.suppress(KeyboardInterrupt):
-                try:
-                    if not idle:
-                        executor.run(desk, sweep.spec, interruption, display.line)
-                finally:
-                    interruption.settle()
-                    if interruption.signal:
-                        sweep.files.hurry()
-                    close_trackers(interruption.left())
-        if kind == SWEEP and (best := ledger.best()):
+        def farewell() -> None:
+            code = 1
             try:
-                sweep.files.write("best_config.yaml", best_config_text(ledger, best))
-            except OSError as error:
-                desk.problem = desk.problem or f"best_config.yaml cannot be written: {error}"
+                ended = outcome(ledger, desk, interruption.signal, command, idle)
+                code = ended.code
+                display.close()
+                close_trackers(within=0.5)
+                ended.say()
+            except Exception:  # noqa: BLE001  a thread of its own has nobody to raise it to, and the process must end
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+        interruption = Interruption(desk, sweep.files.stop_request, farewell)
+        with contextlib.suppress(KeyboardInterrupt), interruption:
+            try:
+                if not idle:
+                    executor.run(desk, sweep.spec, interruption, display.line)
+            finally:
+                interruption.settle()
+                if interruption.signal:
+                    sweep.files.hurry()
+                close_trackers(interruption.left())
+    if kind == SWEEP and (best := ledger.best()):
+        try:
+            sweep.files.write("best_config.yaml", best_config_text(ledger, best))
+        except OSError as error:
+            desk.problem = desk.problem or f"best_config.yaml cannot be written: {error}"
     return outcome(ledger, desk, interruption.signal, command, idle)
 
 

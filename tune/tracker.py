@@ -37,12 +37,13 @@ NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
 
 def quiet() -> None:
     """Telemetry off unless the user turned it on; dead servers answer within seconds; what it raises is
-    not logged by it as well."""
+    not logged by it as well, and no page's address is printed for each run that has ended."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a call whose answer is late may have been carried out
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
@@ -125,7 +126,7 @@ class Projection:
         return {"sweep": self.sweep.name, "sweep_id": self.sweep.provenance["id"], "study": self.ledger.kind, "role": role}
 
     def _search(self, role: str, also: str = "") -> list[Any]:
-        """The runs of that role, those that are noted first."""
+        """The runs of that role: those that are noted first, and those last that nothing was ever sent to."""
         wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in self._tags(role).items()) + also
         found: list[Any] = []
         token = None
@@ -134,14 +135,14 @@ class Projection:
             found += page
             token = page.token
             if not token:
-                return sorted(found, key=lambda run: run.info.run_id not in self.noted)
+                return sorted(found, key=lambda run: (run.info.run_id not in self.noted, is_empty(run)))
 
     def _parent(self) -> str:
         found = self._search("sweep")
         if found:
             run_id, known = str(found[0].info.run_id), found[0].data.params
             self.client.update_run(run_id, status="RUNNING")
-            for double in found[1:]:
+            for double in filter(is_empty, found[1:]):
                 self.client.delete_run(double.info.run_id)
         else:
             name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
@@ -157,12 +158,13 @@ class Projection:
 
     def _find_runs(self) -> None:
         """Runs that an earlier process made; what it did not get to, their parameters or a note of them, is made up for. A
-        second one of a trial, made by a call whose answer did not come, goes."""
+        second one of a trial, made by a call whose answer did not come, goes; one that holds something belongs to a copy of the
+        sweep on the same server."""
         for run in self._search("trial"):
             number, run_id = int(run.data.tags["trial"]), str(run.info.run_id)
-            if number in self.runs:
+            if number in self.runs and is_empty(run):
                 self.client.delete_run(run_id)
-            elif number in self.ledger.records:
+            elif number not in self.runs and number in self.ledger.records:
                 self.status[run_id] = run.info.status
                 self._send_params(run_id, self._params(self.ledger.records[number]), run.data.params)
                 self.runs[number] = run_id
@@ -309,8 +311,13 @@ class Projection:
         own = {self.parent, *self.runs.values()}
         for role in ("sweep", "trial"):
             for run in self._search(role, also=" and attributes.status = 'RUNNING'"):
-                if run.info.run_id not in own:
+                if run.info.run_id not in own and is_empty(run):
                     self.client.delete_run(run.info.run_id)
+
+
+def is_empty(run: Any) -> bool:
+    """Whether nothing but its tags was ever sent to a run: its parameters come right after it."""
+    return not run.data.params
 
 
 def run_name(record: Record) -> str:

@@ -1,0 +1,111 @@
+"""A driver that is asked to stop while its main thread stays in C code, or has other things to end."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sweep_process import PATIENCE, ROOT
+from tests.sweeps import make_sweep
+from tune import sweep as sweep_module
+from tune.desk import Desk
+from tune.driver import LOOK_SECONDS, Interruption
+from tune.ledger import Ledger
+
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+from search import leave
+from tune import driver, executor
+from tune.ledger import SWEEP
+from tune.spec import Sweep
+from tune.sweep import execute
+
+def run(desk, spec, interruption, say):
+    if sys.argv[2] == "gone":
+        interruption.gone = lambda: "Ray on this machine has ended"
+    Path(sys.argv[1], "stuck").touch()
+    mutex = ctypes.create_string_buffer(64)
+    while True:  # the second time for good, whatever signals come
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+driver.STUCK_SECONDS = 1
+executor.run = run
+sweep = Sweep.read(Path(sys.argv[1]))
+with sweep.files.lock("the command that goes on"):
+    leave(execute(sweep, SWEEP, "the command that goes on").say())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("gone", 1, "error: Ray on this machine has ended; go on with: the command that goes on"),
+        ("Ctrl-C", 130, "the command that goes on"),
+        ("stop", 143, "the command that goes on"),
+        ("unread", 143, ""),
+    ],
+)
+def test_a_driver_that_cannot_be_reached_ends_with_its_last_words(storage: Path, how: str, code: int, said: str) -> None:
+    """Its terminal gets the cursor back; a terminal that has gone does not keep it."""
+    sweep = make_sweep(storage)
+    ours, its = pty.openpty()
+    command = [sys.executable, "-c", STUCK, sweep.folder, how]
+    driver = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, cwd=ROOT, start_new_session=True)
+    os.close(its)
+    deadline = time.monotonic() + PATIENCE
+    while not (sweep.folder / "stuck").exists():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if how == "unread":
+        os.close(ours)
+        driver.terminate()
+    elif how == "Ctrl-C":
+        driver.send_signal(signal.SIGINT)
+    elif how == "stop":
+        assert sweep_module.stop("first", storage) == 0
+    assert driver.wait(30) == code
+    if said:
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:  # all that was written has been read
+                break
+        os.close(ours)
+        assert shown.decode().splitlines()[-1] == said
+        assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") > 0
+
+
+def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:
+    """However long the request stands: what is done at the end, for MLflow above all, is not broken off by it."""
+    sweep = make_sweep(tmp_path)
+    desk = Desk(Ledger(sweep), total=4, concurrent=2)
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.1):
+            sweep.files.stop_request.touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        with Interruption(desk, sweep.files.stop_request) as interruption:
+            assert desk.halted.wait(10)
+            interruption.settle()
+            time.sleep(5 * LOOK_SECONDS)
+            assert interruption.signal == signal.SIGTERM
+            over.set()
+            asking.join()
+    finally:
+        over.set()
+    assert not sweep.files.stop_request.exists()
