@@ -402,4 +402,4 @@ def test_many_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark
     num_trials = len(board(state.storage, "chaos"))
     print(f"{num_trials} trials; epochs recorded: {len(metric_lines(state.folder))}, repeated: {state.repeated}")
     for kind, seconds in state.seconds_lost.items():
-        print(f"{kind}: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")
+        print(f"{kind}, {len(seconds)} times: {sum(seconds):.0f} s until the next epoch, {max(seconds):.0f} s at most")
