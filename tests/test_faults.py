@@ -335,7 +335,7 @@ def test_a_storage_that_is_away_while_a_trial_is_restored_costs_no_epoch(tmp_pat
 def test_a_sweep_whose_epochs_are_long_stops_all_the_same(
     tmp_path: Path, migrated_store: Path, number: signal.Signals, code: int
 ) -> None:
-    """Both trials are in C code for longer than the grace, one with the interpreter's lock: 8 s, then it is broken off."""
+    """Both trials are in C code for longer than the grace, one with the interpreter's lock: 7.5 s, then it is broken off."""
     faults = {0: ("hang", 2, 1), 1: ("sleep", 2, 1)}
     spec = {"trials": 2, "epochs": 4, "scheduler": "none", "report_seconds": 0, "checkpoint_seconds": 0, "concurrent": 2}
     with faulty_sweep(tmp_path, migrated_store, faults, **spec) as sweep:

@@ -17,8 +17,8 @@ from typing import Any
 from tune.desk import Desk
 from tune.files import Flag, Unreachable
 
-GRACE_SECONDS = 8.0  # that epochs in progress get to end after Ctrl-C
-STUCK_SECONDS = 9.0  # after which Ray is not waited for any more
+GRACE_SECONDS = 7.5  # that epochs in progress get to end after Ctrl-C; Ray then takes a second or two to end
+STUCK_SECONDS = 9.4  # after which Ray is not waited for any more
 STOP_SECONDS = 10.0  # from Ctrl-C to the last line
 LOOK_SECONDS = 0.5  # between two looks at whether a stop was asked for, or Ray is gone
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
