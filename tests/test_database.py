@@ -512,18 +512,22 @@ def test_a_database_that_stays_away_stops_the_sweep(
     check_whole(sweep, 3, 3)
 
 
+@pytest.mark.parametrize("verb", ["resume", "retrain"])
 def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
     own_server: Postgres,
     tmp_path: Path,
     migrated_store: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    verb: str,
 ) -> None:
-    """Neither the last file that is to be written nor the leaderboard that cannot be shown takes its place."""
+    """Neither the last file that is to be written nor the table that cannot be shown takes its place."""
     monkeypatch.setattr(database_module, "RETRY_SECONDS", 1.0)
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
     home = DatabaseHome(own_server.new_database(), tmp_path)
     sweep = make_sweep(home, trials=3, epochs=2, scheduler="none")
+    if verb == "retrain":
+        play(Desk(Ledger(sweep), total=3, concurrent=1))
     replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint}).write()
 
     def run(desk: Desk, *rest: object) -> None:
@@ -539,14 +543,15 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
             desk.ended("a")
 
     monkeypatch.setattr("tune.executor.run", run)
-    assert search.main(["resume", "first", "--ledger", home.place]) == 1
+    assert search.main([verb, "first", "--ledger", home.place]) == 1
     own_server.start()
     said = capsys.readouterr()
     assert "warning: the table cannot be shown: database " in said.err
     last = said.err.splitlines()[-1]
     assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
-    assert last.endswith(f"; go on with: python search.py resume first --ledger '{home.place}'")
-    assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"]
+    flags = " --top 3 --seeds 3" if verb == "retrain" else ""
+    assert last.endswith(f"; go on with: python search.py {verb} first{flags} --ledger '{home.place}'")
+    assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * (3 if verb == "retrain" else 1)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
