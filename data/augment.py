@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from data.table import moved
+
 # --- where pixels come from -------------------------------------------------------------------------------------------------
 
 
@@ -296,9 +298,8 @@ def operate(images: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
     kind = (operation - len(_MAPS) + 1).clamp(min=0)
     sizes = torch.bincount(kind, minlength=1 + len(_CHANGES)).tolist()
     matrices = _matrices(operation[: sizes[0]], magnitude[: sizes[0]], *images.shape[2:])
-    # unless told not to block, a copy would wait for the device
     host = (order, order.argsort(), magnitude, matrices)
-    order, back, magnitude, matrices = (tensor.to(images.device, non_blocking=True) for tensor in host)
+    order, back, magnitude, matrices = (moved(tensor, images.device) for tensor in host)
     parts, amounts = torch.split(images.index_select(0, order), sizes), torch.split(magnitude, sizes)
     changed = [warp(parts[0], matrices)]
     for change, part, amount in zip(_CHANGES.values(), parts[1:], amounts[1:], strict=True):

@@ -92,6 +92,7 @@ def load(
     source = find_source(data, options)
     wanted = parse_noise(noise).completed(source.maps)
     table = same_table(source, checksum)
+    wanted = wanted.numbered(table.classes)
     split = _split(source, table, seed, validation_fraction, test_fraction)
     split = _set_trusted_aside(split, table, source, seed, num_trusted)
     rest = torch.cat([split.train, split.trusted, split.validation]).sort().values

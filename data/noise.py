@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,18 @@ class Noise:
             known = f"known are {', '.join(maps)}" if maps else "this data set has none; write one, as in 7>1,2>7"
             raise ValueError(f"noise '{self}': unknown map {name!r}; {known}")
         return replace(self, mapping=tuple(maps[name].items()), map_name="")
+
+    def numbered(self, classes: Sequence[str]) -> Noise:
+        """With the map's classes counted from 0. Where all names are numbers, as a manifest's labels may be, the map is written
+        in those; ValueError for one that no class has."""
+        if not self.mapping or not classes or not all(re.fullmatch("[0-9]+", name) for name in classes):
+            return self
+        place = {int(name): number for number, name in enumerate(classes)}
+        for name in (name for flip in self.mapping for name in flip):
+            if name not in place:
+                shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+                raise ValueError(f"noise '{self}': class {name} does not exist; classes are {shown}")
+        return replace(self, mapping=tuple((place[source], place[target]) for source, target in self.mapping))
 
 
 def parse_noise(text: str) -> Noise:

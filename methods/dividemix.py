@@ -83,7 +83,7 @@ class DivideMixConfig(Config):
     mixing: float = hyperparameter(
         4.0,
         "alpha of the mixing weight's Beta(alpha, alpha): large mixes evenly, small hardly mixes",
-        legal="(0, inf)",
+        legal="[0.01, inf)",
         search=(0.5, 8.0),
         log=True,
     )

@@ -8,8 +8,8 @@ prediction for x', clipped to [1e-4, 1 - 1e-4] in the second term. After each up
 average <- a average + (1 - a) network, with a = ramp * its momentum and ramp(f) = exp(-5 (1 - min(f / length, 1))^2) at the
 fraction f of the budget, each with a length of its own. The two networks' mean logits predict.
 
-Differs from the paper: beta and a follow from memories that are fractions of the budget, and the ramps are constant within
-an epoch; the schedule is this project's (SGD, half a cosine).
+Differs from the paper: p' is clipped, as in the code, so that the logarithm stays finite; beta and a follow from memories that
+are fractions of the budget, and the ramps are constant within an epoch; the schedule is this project's (SGD, half a cosine).
 Differs from the official code: both networks see the same split, labels and batches, each with its own view and mixup
 (there each draws a split and noise of its own, which tells the pair more than one noisy label per sample); the averages
 start as copies of their networks, not from an initialisation of their own (which the ramp replaces at once), and drop no
@@ -57,7 +57,7 @@ class ELRPlusConfig(GivenLabelsConfig):
     mixup: float = hyperparameter(
         1.0,
         "both parameters of the beta distribution of the mixing shares",
-        legal="(0, inf)",
+        legal="[0.01, inf)",
         search=(0.5, 5),
         log=True,
     )

@@ -57,7 +57,7 @@ class MDYRHConfig(Config):
     mixing: float = hyperparameter(
         32.0,
         "alpha of the mixing weight's Beta(alpha, alpha): large mixes evenly, small hardly mixes",
-        legal="(0, inf)",
+        legal="[0.01, inf)",
         search=(0.3, 32.0),
         log=True,
     )

@@ -1,7 +1,7 @@
 """Mean absolute error between the prediction and the given label: robust to symmetric noise, and slow to learn.
 
 Ghosh, Kumar & Sastry, "Robust Loss Functions under Label Noise for Deep Neural Networks", AAAI 2017. Loss:
-sum_k |p_k - onehot(y)_k| = 2 (1 - p_y). Its gradient 2 p_y (p - onehot(y)) starts near 1/K of that of cross-entropy, so with
+sum_k |p_k - onehot(y)_k| = 2 (1 - p_y). Its gradient 2 p_y (p - onehot(y)) starts near 2/K of that of cross-entropy, so with
 many classes it hardly trains at all; that is the method's own limit.
 
 Differs from the paper: the loss is ``scale`` (1 - p_y); the paper's is ``scale`` 2, the common re-implementations' is 1. For

@@ -2,14 +2,17 @@
 
 Yi & Wu, "Probabilistic End-to-end Noise Correction for Learning with Noisy Labels", CVPR 2019. Each sample has label logits l,
 10 onehot(y) at the start, and t = softmax(l). Stage 1: cross-entropy on the given labels at a constant, high learning rate.
-Stage 2, at the same: with p the prediction, L = KL(p || t) / K + alpha L_o + beta H(p) / K, where L_o = -log t_y holds the
+Stage 2, at the same: with p the prediction, L = (KL(p || t) + 10 alpha L_o + beta H(p)) / K, where L_o = -log t_y holds the
 labels and has no gradient in the network. The network descends the mean of L, and the label logits of the batch step by lambda
-along theirs, l <- l - lambda / (B K) [(t - p) + alpha K (t - onehot(y))], with the same p. Stage 3: labels are frozen, the loss
-is KL(p || t) / K, the learning rate ``final_lr``, ``final_lr`` / 10 and ``final_lr`` / 100 for a third of the stage each.
+along theirs, l <- l - lambda / (B K) [(t - p) + 10 alpha (t - onehot(y))], with the same p. Stage 3: labels are frozen, the
+loss is KL(p || t) / K, the learning rate ``final_lr``, a tenth and a hundredth of it for a third of the stage each.
 
 Differs from the paper: lambda is declared as ``label_steps``, the sum of lambda / (B K) over stage 2, so that labels move as
-far at other batch sizes, numbers of classes and budgets; alpha and beta are those that another group found to work with L_o as
-the paper writes it (the published 0.1 to 0.4 hold the labels fast: with alpha K = 1, t stays half onehot(y)).
+far at other batch sizes, numbers of classes and budgets. A visit's lambda / (B K) is at most 2 / (1 + 10 alpha), half of where
+the descent stops going down: in a short stage 2 labels would jump from one class to another and back. L_o is weighted by
+10 alpha / K, which with ten classes is the paper's alpha; at its alpha K = 1 t stays half onehot(y), and with a hundred classes
+or more no label could change. alpha and beta are those that another group found to work with L_o as the paper writes it (the
+published 0.1 to 0.4 hold the labels fast).
 Differs from the official code: with ``compatibility`` paper (the default) L_o is -log t_y; with official it is, as there, a
 cross-entropy that takes t for logits, whose gradient is far weaker: J (softmax(t) - onehot(y)) with J = diag(t) - t t^T, for
 which alpha was published. The last learning rates are not rounded down to 0, K is not always 10, and rows are updated in place.
@@ -34,6 +37,8 @@ from methods.base import Clock, Config, SingleNet, Task, first_epoch
 CONFIDENCE = 10.0  # label logit of the given class at the start
 DROP = 10.0  # the final learning rate is divided by it after each third of the last stage
 THIRDS = 3
+CLASSES = 10  # for which alpha is stated
+STEADY = 2.0  # the descent of the label logits goes down at rates below twice this, over 1 + 10 alpha
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,17 @@ class PENCILConfig(Config):
     )
     label_steps: float = hyperparameter(
         61.0,
-        "how far label logits can move in stage 2: the sum of lambda / (B K) over its epochs",
+        "how far label logits can move in stage 2: the sum of lambda / (B K) over its epochs, where these are enough",
         legal="[0, inf)",
-        search=(10.0, 400.0),
+        search=(5.0, 200.0),
         log=True,
     )
     alpha: float = hyperparameter(
-        0.01, "weight of what holds the labels to the given ones", legal="[0, inf)", search=(0.001, 0.1), log=True
+        0.01,
+        "weight of what holds the labels to the given ones, for ten classes",
+        legal="[0, inf)",
+        search=(0.001, 0.1),
+        log=True,
     )
     beta: float = hyperparameter(
         0.1, "weight of the entropy of the prediction in stage 2", legal="[0, inf)", search=(0.05, 0.8), log=True
@@ -108,7 +117,8 @@ class PENCIL(SingleNet):
     def label_rate(self, clock: Clock) -> float:
         """lambda / (B K): ``label_steps`` over the number of epochs of stage 2, each of which visits a sample once."""
         last = min(first_epoch(self.labels_final(), clock.epochs), clock.epochs)
-        return self.config.label_steps / (last - first_epoch(self.config.begins(), clock.epochs))
+        even = self.config.label_steps / (last - first_epoch(self.config.begins(), clock.epochs))
+        return min(even, STEADY / (1 + CLASSES * self.config.alpha))
 
     def learning_rate(self, clock: Clock) -> float:
         """Constant until the labels are final, then a tenth of what it was after each third."""
@@ -121,7 +131,7 @@ class PENCIL(SingleNet):
 
 
 def label_gradient(label_logits: Tensor, logits: Tensor, labels: Tensor, alpha: float, compatibility: str) -> Tensor:
-    """K times the gradient of KL(p || t) / K + alpha L_o per sample in its label logits: all [B, K], labels int64 [B].
+    """The gradient of KL(p || t) + 10 alpha L_o per sample in its label logits: all [B, K], labels int64 [B].
 
     L_o is -log t_y (``paper``), or the cross-entropy of t taken for logits (``official``). Rows sum to 0.
     """
@@ -132,4 +142,4 @@ def label_gradient(label_logits: Tensor, logits: Tensor, labels: Tensor, alpha: 
     else:
         twice = t.softmax(dim=1) - given
         hold = t * (twice - (t * twice).sum(dim=1, keepdim=True))
-    return (t - logits.softmax(dim=1)) + alpha * K * hold
+    return (t - logits.softmax(dim=1)) + CLASSES * alpha * hold

@@ -166,6 +166,16 @@ def test_a_map_outside_the_classes_or_missing_is_refused() -> None:
         corrupt(truth, parse_noise("asymmetric:0.4"), 10, stream())
 
 
+def test_a_map_is_written_in_the_labels_where_these_are_numbers() -> None:
+    written = parse_noise("asymmetric:0.4:1>2,10>1")
+    assert written.numbered(("1", "2", "10")).mapping == ((0, 1), (2, 0))
+    assert written.numbered(("1", "10", "2")).mapping == ((0, 2), (1, 0)), "the order of folders"
+    for plain in ((), tuple("abcdefghijk"), tuple(map(str, range(11)))):
+        assert written.numbered(plain) == written
+    with pytest.raises(ValueError, match=r"^noise 'asymmetric:0.4:1>2,10>1': class 10 does not exist; classes are 1, 2, 3$"):
+        written.numbered(("1", "2", "3"))
+
+
 def test_a_map_is_taken_by_its_name_or_is_the_first() -> None:
     maps = {"ring": {0: 1, 1: 2, 2: 0}, "swap": {0: 1, 1: 0}}
     first, second = (Noise("asymmetric", 0.4, mapping=mapping) for mapping in (((0, 1), (1, 2), (2, 0)), ((0, 1), (1, 0))))

@@ -124,6 +124,26 @@ def test_a_folder_that_is_refused(tmp_path: Path) -> None:
     refused(f"folder:{tmp_path}/one", "dog/2.png is missing")
 
 
+def test_links_of_a_folder_stay_inside_it(animals: Path) -> None:
+    data = f"folder:{animals}"
+    save(animals.parent / "secret.png")
+    link = animals / "cat" / "zlink.png"
+    link.symlink_to(animals.parent / "secret.png")
+    refused(data, r"'cat/zlink.png' leads out of .*; images must lie in that folder$")
+    link.unlink()
+    link = animals / "cat" / "zlink"
+    link.symlink_to(animals.parent)
+    refused(data, "cat/zlink is a link to a folder that it lies in$")
+    link.unlink()
+    other = animals.parent / "other"
+    save(other / "1.png")
+    link.symlink_to(other)
+    refused(data, r"'cat/zlink/1.png' leads out of ")
+    link.unlink()
+    link.symlink_to("../dog")
+    assert len(decoded(find_source(data).build())) == 5
+
+
 # --- manifests --------------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +260,7 @@ def test_a_path_that_leaves_the_folder_is_refused(path: str, pictures: Path) -> 
     (inner / "out").symlink_to(pictures)
     path = path.format(top=inner)
     text = f"path,label\nsub/0.png,a\nsub/1.png,b\n{path},b\n"
-    refused(write(inner, text), r"line 4: .* leads out of .*/inner; images must lie in the folder of the manifest")
+    refused(write(inner, text), r"line 4: .* leads out of .*/inner; images must lie in that folder")
     refused(write(inner, f"path,label\n{path},b\nsub/1.png,a\n"), "line 2: .* leads out of")  # before it is looked at
 
 

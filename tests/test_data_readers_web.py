@@ -179,6 +179,7 @@ def test_clothing1m_without_the_folder_or_the_prefix(clothes: Path) -> None:
             "../../x.jpg",
             "noisy_label_kv.txt, line 2: '../../x.jpg 1' is not a path inside",
         ),
+        ("noisy_label_kv.txt", "images/0/1/0.jpg", "images/../x.jpg", "line 2: 'images/../x.jpg 1' is not a path inside"),
         (
             "noisy_label_kv.txt",
             "images/0/1/0.jpg",

@@ -11,7 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -248,6 +248,7 @@ def test_a_trial_that_ran_out_of_memory_gives_it_back(tmp_path: Path, monkeypatc
     HELD.clear()
     emptied: list[bool] = []
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append(all(held() is None for held in HELD)))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
     experiment = Slow([1.0], torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     experiment.itself = experiment  # type: ignore[attr-defined]  a cycle, which needs the collector
     HELD.append(weakref.ref(experiment))
@@ -267,6 +268,20 @@ def test_a_trial_that_ran_out_of_memory_gives_it_back(tmp_path: Path, monkeypatc
     actor.made = Slow([1.0])
     actor.reset_config({"trial": json.dumps(actor.trial | {"number": 1})})
     assert [epoch["epoch"] for epoch in actor.step()["epochs"]] == [1]
+
+
+def test_a_process_that_has_lost_its_gpu_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played: after an illegal access every later call fails in that process, which must not take other trials with it."""
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail() -> NoReturn:
+        raise broken
+
+    monkeypatch.setattr("torch.cuda.synchronize", fail)
+    actor = Actor(Slow([1.0], broken), folder=str(tmp_path), gpus=0.5)
+    actor.step()
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        actor.step()
 
 
 # -- a real sweep -----------------------------------------------------------------------------------------------------

@@ -109,6 +109,12 @@ def test_published_defaults(name: str, published: dict[str, Any]) -> None:
     assert config.begins() == (config.warmup if name == "truncated-gce" else 0)
 
 
+def test_defaults_of_every_method_and_those_that_no_equation_pins() -> None:
+    ce, gce, elr, alr, co_teaching = (METHODS[name].Config() for name in ("ce", "gce", "elr", "alr", "co-teaching"))
+    assert (ce.lr, ce.weight_decay, ce.momentum, ce.batch_size, ce.dropout) == (0.05, 1e-3, 0.9, 128, 0)
+    assert (ce.label_smoothing, gce.q, elr.strength, alr.entropy_weight, co_teaching.forget_rate) == (0, 0.7, 3, 0.2, 0.2)
+
+
 # Mean absolute error
 
 
@@ -678,7 +684,19 @@ SHARE = HERE + "test_the_share_has_the_moments_of_the_beta_distribution[1.0]"
 GROWTH = HERE + "test_the_weight_of_the_norm_grows_as_published"
 UNIFORM = HERE + "test_normalized_cross_entropy_of_a_uniform_prediction[10]"
 
+PINNED = HERE + "test_defaults_of_every_method_and_those_that_no_equation_pins"
+
 MUTATIONS = [
+    Mutation("methods/base.py", '        0.05, "learning rate', '        0.055, "learning rate', PINNED),
+    Mutation("methods/base.py", "        1e-3,", "        1.1e-3,", PINNED),
+    Mutation("methods/base.py", "hyperparameter(0.9,", "hyperparameter(0.99,", PINNED),
+    Mutation("methods/base.py", "hyperparameter(128,", "hyperparameter(141,", PINNED),
+    Mutation("methods/base.py", 'hyperparameter(0.0, "prob', 'hyperparameter(0.1, "prob', PINNED),
+    Mutation("methods/base.py", 'hyperparameter(0.0, "mass', 'hyperparameter(0.1, "mass', PINNED),
+    Mutation("methods/gce.py", "        0.7,", "        0.77,", PINNED),
+    Mutation("methods/elr.py", "        3.0,", "        3.3,", PINNED),
+    Mutation("methods/alr.py", "        0.2,", "        0.22,", PINNED),
+    Mutation("methods/co_teaching.py", "        0.2,", "        0.22,", PINNED),
     Mutation("methods/ce.py", "        0.1,", "        0.11,", FLOOR),
     Mutation("losses/cross_entropy.py", "(1 - smoothing) *", "(1.1 - smoothing) *", FLOOR),
     Mutation("losses/cross_entropy.py", "given - smoothing", "given - 1.1 * smoothing", FLOOR),

@@ -99,22 +99,35 @@ def _dataset(
 
 @lru_cache(maxsize=2)
 def _moved(fields: tuple[Any, ...], device: str) -> Dataset:
-    """The same with its tensors on another device, each once; a table that would take more than a quarter of the trial's share
-    of the device's memory stays where it is, and batches move."""
+    """The same with its tensors on another device; a table that would take more than a quarter of the trial's share of the
+    device's memory stays where it is, and batches move."""
     dataset = _dataset(*fields)
     share = torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
     stays = dataset.train.images.nbytes > share / 4
-    copies: dict[int, torch.Tensor] = {}
 
     def move(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return copies.setdefault(id(value), value.to(device))
+            return value.to(device)
         if isinstance(value, Labelled):
-            moving = ("labels",) if stays else ("images", "labels", "rows")
-            return dataclasses.replace(value, **{name: move(getattr(value, name)) for name in moving})
+            rest = {"labels": move(value.labels)}
+            if not stays:
+                rest |= {"images": _images_on(device, dataset), "rows": move(value.rows)}
+            return dataclasses.replace(value, **rest)
         return value
 
     return dataclasses.replace(dataset, **{f.name: move(getattr(dataset, f.name)) for f in dataclasses.fields(dataset)})
+
+
+_IMAGES: dict[tuple[str, str], torch.Tensor] = {}  # by device and table's checksum; one at most
+
+
+def _images_on(device: str, dataset: Dataset) -> torch.Tensor:
+    """The table's images, for all parts of the split and whatever the noise; those of another table are let go first."""
+    key = (device, dataset.checksum)
+    if key not in _IMAGES:
+        _IMAGES.clear()
+        _IMAGES[key] = dataset.train.images.to(device)
+    return _IMAGES[key]
 
 
 def objective_window(epochs: int) -> int:

@@ -17,7 +17,7 @@ from data.table import Labelled
 from methods.base import Clock, Method
 from training.statistics import RefinementStatistics
 
-EVALUATION_BATCH = 4096
+EVALUATION_BATCH = 1024  # as much memory as a training step or two takes, and no faster with more
 
 
 class Diverged(ArithmeticError):

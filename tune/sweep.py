@@ -136,7 +136,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     channels, side = dataset.input_shape
     shape = f"{dataset.num_classes} classes, images of {side} x {side} x {channels}"
     lines = [f"data {spec.data}: {shape}; {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
-    mapping = parse_noise(spec.noise).completed(dataset.source.maps).mapping
+    mapping = parse_noise(spec.noise).completed(dataset.source.maps).numbered(dataset.classes).mapping
     if mapping and dataset.classes:
         flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
         lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")

@@ -101,11 +101,13 @@ class TrialActor(Trainable):
         return Experiment(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
 
     def _free_memory(self) -> None:
-        """Gives back what a failed trial held, so that the next one does not fail for it."""
+        """Gives back what a failed trial held, so that the next one does not fail for it. After some errors, an illegal access
+        to memory for one, nothing can run on the GPU in this process any more: then an error is raised, which ends it."""
         gc.collect()
         if self.trial["gpus"]:
             import torch
 
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def _save(self) -> None:

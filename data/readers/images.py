@@ -80,10 +80,12 @@ def entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """All files in ``folder`` and in folders within it, sorted; hidden ones are left out."""
+    """All files in ``folder`` and in folders within it, sorted; hidden ones are left out. ValueError for a link back up."""
     folders, files = entries(folder)
     yield from files
     for below in folders:
+        if below.is_symlink() and folder.resolve().is_relative_to(below.resolve()):
+            raise ValueError(f"{below} is a link to a folder that it lies in")
         yield from files_under(below)
 
 

@@ -180,6 +180,9 @@ def _read_folder(path: Path) -> Listing:
             split += [kind] * len(images)
             ignored += others
     check_files(path, names, f"folder {path}")  # a link may lead nowhere
+    real = functools.cache(os.path.realpath)
+    for name in names:
+        _check_path(path, real, name, f"folder {path}")
     is_split = parts != [(TRAIN, path)]
     return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, ignored=ignored)
 
@@ -188,7 +191,7 @@ def _read_folder(path: Path) -> Listing:
 
 
 class Row(NamedTuple):
-    line: str  # where it is, for messages
+    line: int  # the last one, where it has several
     path: str
     label: str
     truth: str = ""
@@ -203,17 +206,21 @@ def _rows(path: Path) -> Iterator[Row]:
             columns = [column.strip() for column in next(lines, [])]
             _check_columns(path, columns)
             for cells in lines:
-                where = f"manifest {path}, line {lines.line_num}"
+                line = lines.line_num
                 if not cells:
                     continue
                 if len(cells) != len(columns):
-                    raise ValueError(f"{where}: {len(cells)} cells; the header has {len(columns)}")
-                row = Row(where, **dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
+                    raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(columns)}")
+                row = Row(line, **dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
                 if not row.path or not row.label:
-                    raise ValueError(f"{where}: path and label must not be empty")
+                    raise ValueError(f"{_at(path, line)}: path and label must not be empty")
                 yield row
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
+
+
+def _at(path: Path, line: int) -> str:
+    return f"manifest {path}, line {line}"
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -234,19 +241,19 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 def _first_in_manifest(path: Path) -> str:
     for row in _rows(path):
-        _check_path(path.parent, os.path.realpath, row)
+        _check_path(path.parent, os.path.realpath, row.path, _at(path, row.line))
         return row.path
     raise ValueError(f"manifest {path} has no rows")
 
 
-def _check_path(top: Path, real: Callable[[str], str], row: Row) -> None:
+def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str) -> None:
     """ValueError where an image is not in ``top``, with links followed; ``real`` is os.path.realpath."""
-    if is_inside(row.path):
-        parent, base = os.path.split(os.path.join(top, row.path))
+    if is_inside(name):
+        parent, base = os.path.split(os.path.join(top, name))
         path = os.path.join(real(parent), base)
         if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
             return
-    raise ValueError(f"{row.line}: {row.path!r} leads out of {top}; images must lie in the folder of the manifest")
+    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder")
 
 
 def _read_manifest(path: Path) -> Listing:
@@ -254,11 +261,13 @@ def _read_manifest(path: Path) -> Listing:
     if not rows:
         raise ValueError(f"manifest {path} has no rows")
     real = functools.cache(os.path.realpath)
-    seen: dict[str, Row] = {}
+    seen: dict[str, str] = {}
     for row in rows:
-        _check_path(path.parent, real, row)
-        if (other := seen.setdefault(os.path.normpath(row.path), row)) is not row:
-            raise ValueError(f"{row.line}: {row.path!r} is listed twice, first as {other.path!r}")
+        _check_path(path.parent, real, row.path, _at(path, row.line))
+        place = os.path.normpath(row.path)
+        if place in seen:
+            raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
+        seen[place] = row.path
     check_files(path.parent, [row.path for row in rows], f"manifest {path}")
     return _labelled(path, rows)
 
@@ -278,10 +287,13 @@ def _labelled(path: Path, rows: list[Row]) -> Listing:
     for row in rows:
         if read(row.truth) not in index:
             hint = _hint(row.truth, classes)
-            raise ValueError(f"{row.line}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known")
+            raise ValueError(
+                f"{_at(path, row.line)}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known"
+            )
         if is_split and row.split not in SPLITS:
             hint = _hint(row.split, SPLITS)
-            raise ValueError(f"{row.line}: split {row.split!r} is not allowed{hint}; write one of {', '.join(SPLITS)}")
+            allowed = ", ".join(SPLITS)
+            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{hint}; write one of {allowed}")
     return Listing(
         path.parent,
         [row.path for row in rows],

@@ -133,7 +133,7 @@ def _pairs(path: Path, num_classes: int) -> dict[str, int]:
     pairs = {}
     for number, line in enumerate(_lines(path), start=1):
         name, _, label = line.strip().rpartition(" ")
-        if not is_inside(name) or re.fullmatch("[0-9]+", label) is None:
+        if not is_inside(name.removeprefix("images/")) or re.fullmatch("[0-9]+", label) is None:
             raise ValueError(f"{path}, line {number}: {line[:200]!r} is not a path inside the data set, a space and a label")
         if int(label) >= num_classes:
             raise ValueError(f"{path}, line {number}: label {label} is not allowed; labels are 0..{num_classes - 1}")
