@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import socket
 import subprocess
@@ -73,6 +74,15 @@ def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monke
         executor.run(desk, sweep.spec, interruption, print)
     assert desk.problem == "Ray did not start: The current node timed out during startup."
     assert attempts == ["local"] * executor.STARTS
+
+
+def test_no_garbage_is_collected_while_ray_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another thread it would end the process: what is collected refers to what is going."""
+    collected = []
+    monkeypatch.setattr("ray.shutdown", lambda: collected.append(gc.isenabled()))
+    executor.shut_down()
+    assert collected == [False]
+    assert gc.isenabled()
 
 
 def test_the_head_of_a_cluster_is_missed_when_it_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -63,7 +64,6 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
     address = address_of(spec)
     if not address:  # Ray's servers then listen on the loopback address; the name is from where Ray does so by itself
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
 
     try:
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
@@ -85,7 +85,7 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
         desk.problem = str(error)
     finally:
         interruption.gone = lambda: ""
-        ray.shutdown()
+        shut_down()
         interruption.listen()
 
 
@@ -153,6 +153,18 @@ def connect(address: str) -> None:
         utils.set_sigterm_handler = set_handler
 
 
+def shut_down() -> None:
+    """Ends our own Ray, or leaves the cluster. What is garbage by then refers to Ray's core, which ends this process at once
+    where another thread, as the one that sends to MLflow, happens to collect it while the core goes."""
+    import ray
+
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+
+
 def end_half_started(error: Exception) -> None:
     """Ends the processes of a Ray that did not come up, on which nothing but the error's traceback has a hold."""
     from ray._private.node import Node
@@ -198,14 +210,13 @@ def token_advice() -> str:
 def check_cluster(sweep: Sweep) -> None:
     """ValueError where the cluster cannot be joined, none of its nodes holds a trial, or one cannot run it."""
     _prepare()
-    import ray
 
     try:
         connect(address_of(sweep.spec))
         with Nodes(sweep, sweep.spec) as nodes:
             nodes.check()
     finally:
-        ray.shutdown()
+        shut_down()
 
 
 def own_folder(sweep: Sweep) -> Path:
