@@ -1,11 +1,12 @@
 """ALR against CE: each searched with the same budget on noisy validation labels, the winners retrained over seeds.
 
-    python benchmarks/alr_vs_ce.py [--methods alr,ce] [--trials 32] [--epochs 30] [--seeds 5] [--noise symmetric:0.4]
+    python benchmarks/alr_vs_ce.py [--methods alr,ce] [--data digits] [--model NAME] [--noise symmetric:0.4]
+                                   [--trials 32] [--epochs 30] [--seeds 5]
 
 Each method gets a sweep of its own with the same number of trials, epochs and seed. The best complete trial of each, by noisy
 validation accuracy, is trained again over the seeds: initialisation, order and noise drawn anew, the same for every method,
-so that differences are paired. Reported: clean test accuracy, mean and standard error, and the paired difference to the last
-method of the list.
+so that differences are paired; labels with noise of their own (``--noise none``) keep it. Reported: clean test accuracy, mean
+and standard error, and the paired difference to the last method of the list.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def searched_and_retrained(method: str, storage: Path, options: argparse.Namespa
     """The retrained winner of a method's own search."""
     name = f"{method}-{options.noise.replace(':', '-')}"
     place = ("--storage", storage)
-    budget = ("--trials", options.trials, "--epochs", options.epochs, "--noise", options.noise, "--seed", options.seed)
+    what = ("--method", method, "--data", options.data, "--noise", options.noise, "--model", options.model)
+    budget = ("--trials", options.trials, "--epochs", options.epochs, "--seed", options.seed)
     if not (storage / name).exists():
-        search("launch", name, *place, "--method", method, *budget)
+        search("launch", name, *place, *what, *budget)
     (row,) = json.loads(search("retrain", name, *place, "--top", 1, "--seeds", options.seeds, "--json"))
     board = json.loads(search("best", name, *place, "--json"))
     row["searched_value"] = board[0]["value"]
@@ -68,6 +70,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="alr,ce")
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--model", default="small-cnn")
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=5)

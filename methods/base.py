@@ -152,11 +152,8 @@ class Learner(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
         return [parameter.grad for parameter in self._parameters_in_order]
 
-    def descend(self, gradients: list[Tensor | None], rate: float, weight_decay: float | None = None) -> None:
-        """One step of SGD at learning rate ``rate`` along ``gradients``; a parameter without one stays as it is.
-
-        ``weight_decay`` where it is not the configuration's.
-        """
+    def descend(self, gradients: list[Tensor | None], rate: float) -> None:
+        """One step of SGD at learning rate ``rate`` along ``gradients``; a parameter without one stays as it is."""
         held = [
             (parameter, gradient, self.get_buffer(f"momentum_{number}"))
             for number, (parameter, gradient) in enumerate(zip(self._parameters_in_order, gradients, strict=True))
@@ -168,7 +165,7 @@ class Learner(nn.Module):
                 [gradient for _, gradient, _ in held],
                 [momentum for _, _, momentum in held],
                 fused=True,
-                weight_decay=self.config.weight_decay if weight_decay is None else weight_decay,
+                weight_decay=self.config.weight_decay,
                 momentum=self.config.momentum,
                 lr=rate,
                 dampening=0.0,

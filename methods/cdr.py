@@ -2,16 +2,16 @@
 
 Xia, Liu, Han, Gong, Wang, Ge & Chang, "Robust Early-Learning: Hindering the Memorization of Noisy Labels", ICLR 2021. With g
 the gradient of the cross-entropy, all weights are ranked by |g w|; the share 1 - tau with the largest scores is critical in
-this step. Critical weights: w <- w - rate ((1 - tau) g + decay sign(w)). The others: w <- w - rate decay sign(w).
+this step. Critical weights: w <- w - rate ((1 - tau) g + lambda sign(w)). The others: w <- w - rate lambda sign(w).
 
 Differs from the paper: ``noncritical``, tau, is a hyperparameter that the search finds, the paper sets it to the true noise
 rate; ranked are the weights of linear and convolutional layers (tensors of two dimensions or more), in one ranking over all
-layers, biases and batch normalisation keep their full gradient (as in the code); ``weight_decay`` is the decay of every
-parameter; the momentum is this project's, which keeps a weight moving for some steps after it was last critical; the
-schedule is this project's (SGD, half a cosine); no early stopping, as a search stops trials itself.
-Differs from the official code: it has coupled L2 decay instead of the paper's L1, here ``decay`` l2; it forwards each batch
-twice, so that batch normalisation records it twice. A rising share of noncritical weights, which it computes and overwrites,
-is left out.
+layers, biases and batch normalisation keep their full gradient (as in the code); ``sparsity``, lambda, acts on every
+parameter, its value in the paper is not known, and the L2 penalty that every method here has, ``weight_decay``, stands beside
+it; the momentum is this project's, which keeps a weight moving for some steps after it was last critical; the schedule is this
+project's (SGD, half a cosine); no early stopping, as a search stops trials itself.
+Differs from the official code: it has L2 alone (here ``sparsity`` 0); it forwards each batch twice, so that batch normalisation
+records it twice. A rising share of noncritical weights, which it computes and overwrites, is left out.
 State: the network and its optimiser; nothing per sample.
 """
 
@@ -30,7 +30,7 @@ from methods.base import Clock, GivenLabelsConfig, SingleNet, Step
 
 @dataclass(frozen=True)
 class CDRConfig(GivenLabelsConfig):
-    """The paper has no default for tau, which is the noise rate there; 0.2 is ours."""
+    """The paper has no default for tau, which is the noise rate there; 0.2 is ours, as is the strength of the L1 penalty."""
 
     noncritical: float = hyperparameter(
         0.2,
@@ -38,8 +38,12 @@ class CDRConfig(GivenLabelsConfig):
         legal="[0, 1)",
         search=(0.0, 0.9),
     )
-    decay: str = hyperparameter(
-        "l1", "what weight_decay multiplies: the sign of a weight (l1, paper) or the weight (l2, code)", choices=("l1", "l2")
+    sparsity: float = hyperparameter(
+        1e-5,
+        "L1 penalty on every parameter, lambda: what makes weights that are not critical vanish",
+        legal="[0, inf)",
+        search=(1e-7, 1e-3),
+        log=True,
     )
 
 
@@ -58,14 +62,10 @@ class CDR(SingleNet):
         loss = self.losses(logits, batch, clock).mean()
         trained = [parameter.detach() for parameter in self.learner.net.parameters() if parameter.requires_grad]
         gradients = critical_gradients(trained, self.learner.gradients(loss), self.config.noncritical)
-        rate = self.learning_rate(clock)
-        if self.config.decay == "l2":
-            self.learner.descend(gradients, rate)
-        else:
-            for parameter, gradient in zip(trained, gradients, strict=True):
-                if gradient is not None:
-                    gradient.add_(parameter.sign(), alpha=self.config.weight_decay)
-            self.learner.descend(gradients, rate, weight_decay=0.0)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                gradient.add_(parameter.sign(), alpha=self.config.sparsity)
+        self.learner.descend(gradients, self.learning_rate(clock))
         return Step(loss.detach(), batch.index, logits.detach().softmax(dim=1))
 
 

@@ -20,7 +20,6 @@ statistics of batch normalisation are recorded on its own batches and never used
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import contrastive_losses, cross_entropy, generalized_cross_entropy
 from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task
-from methods.moving_average import MovingAverage
+from methods.moving_average import MovingAverage, averaging_momentum
 from models.network import Network
 
 
@@ -115,7 +114,8 @@ class CTRR(Method[Batch]):
         contrast = contrastive_losses(queries, keys, probabilities, threshold)
         loss = (self.label_losses(logits, batch.labels) + self.config.strength * contrast).mean()
         self.learner.update(loss, self.learning_rate(clock))
-        self.average.follow(net.encoder, self.averaging_momentum(clock))
+        momentum = averaging_momentum(self.config.averaging, clock, self.task, self.config.batch_size)
+        self.average.follow(net.encoder, momentum)
         return Step(loss.detach(), batch.index, probabilities)
 
     def label_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -123,11 +123,6 @@ class CTRR(Method[Batch]):
         if self.config.q:
             return generalized_cross_entropy(logits, labels, self.config.q)
         return cross_entropy(logits, labels, self.config.label_smoothing)
-
-    def averaging_momentum(self, clock: Clock) -> float:
-        """The factor, per step, of the running mean of the weights."""
-        steps = clock.epochs * self.task.num_samples / self.config.batch_size
-        return math.exp(-1 / (self.config.averaging * steps))
 
     def predict(self, images: Tensor) -> Tensor:
         probabilities: Tensor = self.learner(self.task.plain(images)).softmax(dim=1)

@@ -33,7 +33,7 @@ from hparams import hyperparameter
 from losses import early_learning_term, mix, soft_cross_entropy
 from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task, memory_momentum
 from methods.mixing import mixing_weight
-from methods.moving_average import MovingAverage
+from methods.moving_average import MovingAverage, averaging_momentum
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class ELRPlus(Method[Batch]):
 
     def averaging_momentum(self, clock: Clock) -> float:
         """The factor, per step, of the running mean of the weights: near 0 at the start, so that the networks copy in."""
-        steps = clock.epochs * self.task.num_samples / self.config.batch_size
-        return ramp_up(clock.fraction, self.config.averaging_ramp) * math.exp(-1 / (self.config.averaging * steps))
+        full = averaging_momentum(self.config.averaging, clock, self.task, self.config.batch_size)
+        return ramp_up(clock.fraction, self.config.averaging_ramp) * full
 
     def predict(self, images: Tensor) -> Tensor:
         """The softmax of the two networks' mean logits; the averages only make targets."""

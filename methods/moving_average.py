@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
+
+from methods.base import Clock, Task
 
 
 class MovingAverage(nn.Module):
@@ -32,3 +35,9 @@ class MovingAverage(nn.Module):
         with torch.no_grad():
             for mine, theirs in zip(self.net.parameters(), net.parameters(), strict=True):
                 mine.lerp_(theirs, 1 - momentum)
+
+
+def averaging_momentum(memory: float, clock: Clock, task: Task, batch_size: int) -> float:
+    """The factor, per step, of a running mean of weights whose memory is a fraction of the budget."""
+    steps = clock.epochs * task.num_samples / batch_size
+    return math.exp(-1 / (memory * steps))

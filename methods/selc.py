@@ -38,13 +38,13 @@ class SELCConfig(Config):
         0.15,
         "fraction of the budget trained on the given labels before they are corrected",
         legal="[0, 1)",
-        search=(0.025, 0.2),
+        search=(0.025, 0.4),
     )
     memory: float = hyperparameter(
         0.047,
         "memory of the labels' running mean, as a fraction of the budget (0.9 per epoch at 200 epochs)",
         legal="(0, 1]",
-        search=(0.02, 0.1),
+        search=(0.012, 0.2),
         log=True,
     )
     turning_point: bool = hyperparameter(

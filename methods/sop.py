@@ -8,7 +8,7 @@ geometrically with the visits, u where p_y is small and v where argmax p is not 
 
 Differs from the paper: the rates of u and v are stated for 120 epochs in batches of 128. A visit moves a row by rate / 128
 (whatever the batch size) * 120 / epochs, so that a shorter trial grows them as far. Where that is 1/2 or more for v, as at the
-published 100 in 120 epochs or at 25 in 50, a v that has reached 1 jumps between 1 and -1 and its class stays noise, also when
+published 100 in 120 epochs or at 25 in 46, a v that has reached 1 jumps between 1 and -1 and its class stays noise, also when
 the network is back at y. The schedule of the network is this project's (SGD, half a cosine).
 Differs from the official code: as in the paper u has no gradient from MSE; ``given_learns_from`` both is the code's form, on
 which the published rates for asymmetric noise depend. u and v are held within [-1, 1], as in the paper (there their squares are

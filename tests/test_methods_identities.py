@@ -40,6 +40,7 @@ from tests.test_methods_contract import (
     tiny_task,
     train,
 )
+from training.experiment import Experiment, Recipe
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -248,6 +249,43 @@ def test_with_labels_at_the_prediction_selc_rests_and_alr_hardens() -> None:
     assert pull[0, 0] < 0 < pull[0, 2]
 
 
+@pytest.mark.parametrize("name", ["selc", "alr"])
+def test_labels_that_never_forget_are_the_given_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A momentum of 1: cross-entropy bit for bit, where nothing hardens."""
+    monkeypatch.setattr("methods.selc.memory_momentum", lambda memory, epochs: 1.0)
+    values = {"warmup": 0.0} | ({"entropy_weight": 0.0} if name == "alr" else {})
+    method = trained(name, **values)
+    assert torch.equal(method.targets, given_one_hot())
+    assert differences(net_state(method), net_state(trained("ce"))) == []
+
+
+def test_labels_that_remember_nothing_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A momentum of 0: labels are the prediction itself, whose cross-entropy has no gradient there."""
+    monkeypatch.setattr("methods.selc.memory_momentum", lambda memory, epochs: 0.0)
+    method = make("selc", tiny_task(tiny_data()), warmup=0.0, weight_decay=0.0, momentum=0.0, lr=0.5)
+    before = {name: w.detach().clone() for name, w in method.named_parameters()}
+    finish(method, tiny_data())
+    for name, w in method.named_parameters():
+        torch.testing.assert_close(w.detach(), before[name], rtol=0, atol=1e-6)
+    assert not torch.equal(method.targets, given_one_hot())
+
+
+def test_labels_harden_gradually_and_the_hard_ones_are_the_right_ones() -> None:
+    """Digits with 40 % wrong labels: of the changed labels ever more are hard with the entropy term and none without, and the
+    threshold that nobody set tells right from wrong."""
+    values: dict[str, Any] = {"batch_size": 64, "warmup": 0.3, "memory": 0.1}
+
+    def history(method: str, **more: float) -> list[dict[str, float]]:
+        recipe = Recipe(method, values | more, "digits", "symmetric:0.4", "small-cnn", epochs=20, seed=0)
+        return [record.metrics for record in Experiment(recipe)]
+
+    alr, selc = history("alr", entropy_weight=0.6), history("selc")
+    hard = [epoch["refine/hardened"] for epoch in alr[9::5]]  # after 10, 15 and 20 epochs
+    assert hard[0] + 0.1 < hard[1] < hard[2] - 0.1
+    assert 1 - alr[-1]["refine/hardened_wrong"] > alr[-1]["refine/precision"] > 0.8
+    assert max(epoch.get("refine/hardened", 0.0) for epoch in selc) < 0.05
+
+
 # ELR
 
 
@@ -275,6 +313,14 @@ def test_elr_targets_after_n_visits_of_one_prediction() -> None:
 def test_elr_without_strength_is_cross_entropy_bit_for_bit() -> None:
     assert differences(net_state(trained("elr", strength=0.0)), net_state(trained("ce"))) == []
     assert differences(net_state(trained("elr", strength=1e-3)), net_state(trained("ce"))) != []
+
+
+def test_elr_whose_targets_stay_zero_is_cross_entropy_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A momentum of 1: log(1 - 0) is 0, and so is its gradient."""
+    monkeypatch.setattr("methods.elr.memory_momentum", lambda memory, epochs: 1.0)
+    elr = trained("elr", strength=3.0)
+    assert torch.equal(elr.targets, torch.zeros(N, K))
+    assert differences(net_state(elr), net_state(trained("ce"))) == []
 
 
 def test_elr_steps_along_its_gradient_with_the_updated_targets() -> None:
@@ -363,14 +409,16 @@ def test_each_network_learns_from_what_the_other_kept(pair: tuple[nn.Module, nn.
     batch = tiny_data().gather(torch.arange(BATCH))
     method = co_teaching(*pair, forget_rate=0.5, lr=lr, momentum=0.0, weight_decay=0.0, augmentation="none")
     method.train()
-    method.step(batch, clock)
+    step = method.step(batch, clock)
     nets = [copy.deepcopy(net).train() for net in pair]
     losses = [functional.cross_entropy(net(plain(batch.images)), batch.labels, reduction="none") for net in nets]
     kept = [loss.detach().argsort()[: BATCH // 2] for loss in losses]
     assert set(kept[0].tolist()) != set(kept[1].tolist()), "the networks disagree, so that crossing matters"
     rate = lr * 0.5 * (1 + math.cos(math.pi * clock.fraction))
-    for net, loss, chosen, learner in zip(nets, losses, kept[::-1], (method.first, method.second), strict=True):
-        loss[chosen].mean().backward()
+    taken = [loss[chosen].mean() for loss, chosen in zip(losses, kept[::-1], strict=True)]
+    torch.testing.assert_close(step.loss, (taken[0] + taken[1]).detach() / 2)
+    for net, loss, learner in zip(nets, taken, (method.first, method.second), strict=True):
+        loss.backward()
         for before, after in zip(net.parameters(), learner.net.parameters(), strict=True):
             torch.testing.assert_close(after, before - rate * before.grad)
 
@@ -478,4 +526,5 @@ MUTATIONS = [
     Mutation("methods/co_teaching.py", "        0.05,", "        0.055,", RAMP),
     Mutation("methods/co_teaching.py", "* first_losses).sum()", "* first_losses).sum() / 1.1", CROSSED),
     Mutation("methods/co_teaching.py", "* second_losses).sum()", "* second_losses).sum() / 1.1", CROSSED),
+    Mutation("methods/co_teaching.py", "second_loss.detach()) / 2", "second_loss.detach()) / 2.2", CROSSED),
 ]

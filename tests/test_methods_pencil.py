@@ -310,6 +310,7 @@ MUTATIONS = [
     Mutation("methods/pencil.py", "rows - self.label_rate", "rows - 1.1 * self.label_rate", LABEL_STEP),
     Mutation("methods/pencil.py", "+ CLASSES * alpha * hold", "+ 1.1 * CLASSES * alpha * hold", LABEL_STEP),
     Mutation("methods/pencil.py", "CLASSES = 10", "CLASSES = 11", LABEL_STEP),
+    Mutation("methods/pencil.py", "STEADY / (1 +", "STEADY / (1.1 +", HERE + "test_labels_move_no_faster_than_is_steady"),
     Mutation("methods/pencil.py", "STEADY = 2.0", "STEADY = 2.2", HERE + "test_labels_move_no_faster_than_is_steady"),
     Mutation("methods/pencil.py", "return (t - logits", "return (1.1 * t - logits", LABEL_STEP),
     Mutation("methods/pencil.py", "hold = t - given", "hold = 1.1 * t - given", LABEL_STEP),
