@@ -102,7 +102,11 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     """The spec fields that were given as flags, read and checked."""
     from tune.spec import FIELDS, read_field
 
-    return {name: read_field(name, v) for name, v in vars(options).items() if name in FIELDS and v is not None}
+    values = {name: v for name, v in vars(options).items() if name in FIELDS and v is not None}
+    for name, value in values.items():
+        if isinstance(value, str) and not value.strip():  # a shell's variable that is not set
+            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; leave it out for the default")
+    return {name: read_field(name, value) for name, value in values.items()}
 
 
 def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
@@ -146,7 +150,7 @@ def finish(ended: Ended, table: Callable[[Ledger], str]) -> int:
 
 
 def retrain(options: argparse.Namespace) -> int:
-    top, num_seeds = whole_number("--top", options.top, 1), whole_number("--seeds", options.seeds, 1)
+    top, num_seeds = whole_number("--top", options.top, 1), whole_number("--seeds", options.seeds, 1, 1000)
     from tune import sweep
     from tune.report import retrain_rows, retrain_text
 
@@ -203,7 +207,9 @@ def train(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_compiler(recipe.compile, device)
     experiment = Experiment(recipe, device=device)
-    print(f"{recipe.method} on {recipe.data}, noise {recipe.noise}, network {recipe.model}, {recipe.epochs} epochs")
+    found = recipe.dataset().noise
+    noise = f"noise {recipe.noise}{f' ({found})' if found else ''}"
+    print(f"{recipe.method} on {recipe.data}, {noise}, network {recipe.model}, {recipe.epochs} epochs")
     try:
         for record in experiment:
             test = record.metrics.get("test/accuracy")

@@ -195,6 +195,9 @@ class NoiseReport:
     matrix: Tensor  # [K, K] float64: row true class, column given; a row sums to 1, that of an absent class to 0
     label_checksum: str  # sha256 of the given labels, see label_bytes
 
+    def __str__(self) -> str:
+        return f"realised rate {self.realised_rate:.4f}, labels {self.label_checksum[:12]}"
+
 
 def report(truth: Tensor, labels: Tensor, num_classes: int) -> NoiseReport:
     """Compares clean and given labels, both int64 [N] with N >= 1."""

@@ -40,12 +40,12 @@ class Labelled:
         return len(self.labels)
 
     def fitting(self, most: int) -> int:
-        """Images per batch where none is learnt from: ``most`` of 32 x 32 pixels, on a CPU 64, at other sizes as many pixels.
+        """Images per batch where none is learnt from: at most ``most``, and as many as 128 images of 256 x 256 have pixels.
 
-        Never more than ``most``. A CPU takes twice as long per image where activations do not fit its caches.
+        On a CPU as 64 of 32 x 32: it takes twice as long per image where activations do not fit its caches.
         """
-        num = min(most, 64) if self.labels.device.type == "cpu" else most
-        return max(1, min(most, num * 32**2 // (self.images.shape[2] * self.images.shape[3])))
+        pixels = 64 * 32**2 if self.labels.device.type == "cpu" else 128 * 256**2
+        return max(1, min(most, pixels // (self.images.shape[2] * self.images.shape[3])))
 
     def gather(self, index: Tensor) -> Batch:
         """The samples ``index``, int64 [B] on any device, on the labels' device."""

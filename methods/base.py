@@ -162,7 +162,7 @@ class Learner(nn.Module):
         with torch.no_grad():
             sgd(
                 [parameter for parameter, _, _ in held],
-                [gradient for _, gradient, _ in held],
+                [laid_out_as(parameter, gradient) for parameter, gradient, _ in held],
                 [momentum for _, _, momentum in held],
                 fused=True,
                 weight_decay=self.config.weight_decay,
@@ -172,6 +172,12 @@ class Learner(nn.Module):
                 nesterov=False,
                 maximize=False,
             )
+
+
+def laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """``gradient`` in the memory format of ``parameter``: the fused update walks through memory and would take one entry for
+    another. Nothing is copied where autograd has done that already."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
 
 
 class Method(nn.Module, Generic[B]):

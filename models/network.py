@@ -38,12 +38,14 @@ class Network(nn.Module):
     def tuned(self, device: str, precision: str = "auto", compiled: bool = False) -> Network:
         """Moves it to ``device`` and makes it as fast as that device can, in place.
 
-        Precision auto: on a GPU bfloat16 autocast; on a CPU float32, where results are to be the same on every machine. Images
-        and filters are stored channels last everywhere: tensor cores want it, and a CPU pools and normalises several times as
-        fast. ``compiled``: by torch.compile, in place; the next network of the same shape in a process finds what was compiled.
+        Precision auto: bfloat16 autocast on a GPU that computes in it (older ones only imitate it, slowly); else float32, on a
+        CPU so that results are the same on every machine. Images and filters are stored channels last everywhere: tensor cores
+        want it, and a CPU pools and normalises several times as fast. ``compiled``: by torch.compile, in place; the next one of
+        the same shape in a process finds what was compiled.
         """
         on_gpu = torch.device(device).type == "cuda"
-        low = precision == "bfloat16" or (precision == "auto" and on_gpu)
+        fast = precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        low = fast or precision == "bfloat16"
         self.features.precision = torch.bfloat16 if low else torch.float32
         self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compiled:

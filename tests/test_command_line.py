@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,11 +16,13 @@ import pytest
 import search
 from tests.sweep_process import ROOT, make_finished_sweep
 from tests.sweep_process import search as call
-from tests.sweeps import make_sweep, play
+from tests.sweeps import epoch_record, make_sweep, new_storage, play
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
+from tune.recipes import dataset
 from tune.report import retrain_rows
-from tune.sweep import enqueue_retraining, num_missing
+from tune.spec import make_spec
+from tune.sweep import _provenance, enqueue_retraining, num_missing
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ BAD_LAUNCHES = {
     "both a value and a range": (["--set", "lr=0.1", "--range", "lr=0.1:0.2"], ["lr", "--set or --range"]),
     "zero trials": (["--trials", "0"], ["'0'", "[1, inf)"]),
     "half a trial": (["--trials", "1.5"], ["'1.5'", "an integer"]),
-    "zero epochs": (["--epochs", "0"], ["'0'", "[1, inf)"]),
+    "zero epochs": (["--epochs", "0"], ["'0'", "[1, 1000000]"]),
     "negative seed": (["--seed", "-1"], ["'-1'", "[0, inf)"]),
     "more CPUs than there are": (["--cpus-per-trial", "4096"], ["4096", "CPUs"]),
     "no CPU": (["--cpus-per-trial", "0"], ["'0'", "[0.0001, inf)"]),
@@ -79,8 +82,13 @@ BAD_LAUNCHES = {
     "more trials than a float holds": (["--trials", "9" * 400], ["999", "an integer"]),
     "a batch beyond all bounds": (["--set", "batch_size=" + "9" * 400], ["999", "an integer in [2, "]),
     "a parameter of a method that is not searched": (["--method", "alr,ce", "--set", "gce.q=0.5"], ["'gce.q'", "known are"]),
-    "more GPUs than there are": (["--gpus-per-trial", "64"], ["64", "GPUs"]),
-    "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["1.5", "whole"]),
+    "more GPUs than there are": (["--gpus-per-trial", "64"], ["'64'", "[0, 1]"]),
+    "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["'1.5'", "[0, 1]"]),
+    "a GPU where there is none": (["--gpus-per-trial", "1"], ["1", "0 GPUs"]),
+    "an empty storage": (["--storage", ""], ["--storage: ''", "./runs"]),
+    "an empty tracking URI": (["--tracking", " "], ["--tracking: ' '", "leave it out"]),
+    "a tracking store in memory": (["--tracking", "sqlite:///"], ["'sqlite:///'", "sqlite:///FILE"]),
+    "epochs beyond all bounds": (["--epochs", "9" * 20], ["999", "[1, 1000000]"]),
     "negative hours": (["--hours", "-1"], ["'-1'", "[0, inf)"]),
     "hours that are no number": (["--hours", "2h"], ["'2h'", "a number"]),
     "hours without end": (["--hours", "inf"], ["'inf'", "[0, inf)"]),
@@ -212,6 +220,44 @@ def test_bad_resume(flags: list[str], words: list[str], tmp_path: Path, capsys: 
     line = refused(capsys, "resume", "kept", "--storage", tmp_path, *flags)
     for word in words:
         assert word in line, line
+
+
+def test_failed_trials_do_not_count_where_trials_are_fewer(
+    tmp_path: Path, migrated_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in --trials itself. Two failed and three ended well, of nine: three may be asked for, and two may not."""
+    storage = new_storage(tmp_path / "runs", migrated_store)
+    sweep = make_sweep(storage, "fewer", trials=9, epochs=1, scheduler="none")
+    sweep = dataclasses.replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint})
+    sweep.write()
+    desk = Desk(Ledger(sweep), total=9, concurrent=1)
+    for number in range(5):
+        desk.next(str(number))
+        failed = number < 2
+        epochs = [] if failed else [epoch_record(1, 0.5)]
+        desk.result(str(number), epochs, failure="RuntimeError: out of paper" if failed else None, diverged=False)
+        desk.ended(str(number))
+    assert "2 is not allowed; 3 trials" in refused(capsys, "resume", "fewer", "--storage", storage, "--trials", 2)
+    assert search.main(["resume", "fewer", "--storage", str(storage), "--trials", "3"]) == 0
+    assert "nothing was left to do: 3 of 3 trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_launch_where_something_else_has_the_name(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    if kind == "folder":
+        other.mkdir()
+    else:
+        other.write_text("mine")
+    line = refused(capsys, "launch", "other", "--storage", tmp_path)
+    assert "'other' is taken" in line
+    assert "choose another" in line
+    assert "resume" not in line
+
+
+def test_a_machine_without_git_notes_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert _provenance(dataset(make_spec({})))["commit"] == "unknown"
 
 
 def test_resume_of_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

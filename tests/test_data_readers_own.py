@@ -18,6 +18,7 @@ from data.cache import open_table
 from data.readers import images as reader
 from data.sources import TEST, TRAIN, VALIDATION, Options, RawTable, find_source
 
+NO_IMAGE = "it is no PNG, JPEG, BMP, WEBP or GIF image"
 COLOURS = {"cat": (200, 10, 30), "dog": (20, 180, 60), "eel": (5, 60, 250)}
 
 
@@ -166,7 +167,7 @@ def test_a_manifest_with_all_columns_in_any_order(pictures: Path) -> None:
         'val,cat,dog,"sub/1.png"\r\n'
         "\r\n"
         "train,dog,cat,./sub/0.png\r\n"
-        "test,,eel,sub/2.png\r\n"
+        "train,,eel,sub/2.png\r\n"
         "test,cat,dog,sub/4.png\r\n"
     )
     source = find_source(write(pictures, text))
@@ -177,8 +178,8 @@ def test_a_manifest_with_all_columns_in_any_order(pictures: Path) -> None:
     assert table.truth is not None
     assert table.split is not None
     assert table.given.tolist() == [1, 1, 0, 2, 1]
-    assert table.truth.tolist() == [-1, 0, 1, 2, 0]
-    assert table.split.tolist() == [TRAIN, VALIDATION, TRAIN, TEST, TEST]
+    assert table.truth.tolist() == [-1, 0, 1, -1, 0]
+    assert table.split.tolist() == [TRAIN, VALIDATION, TRAIN, TRAIN, TEST]
     assert decoded(table)[:, 0, 0, 0].tolist() == [30, 10, 0, 20, 40]
     assert re.fullmatch("manifest-list-[0-9a-f]{8}", source.key)
     assert source.stream == "manifest"
@@ -196,14 +197,19 @@ def test_a_manifest_of_integers_is_in_numerical_order(pictures: Path) -> None:
 
 
 def test_a_manifest_without_truth_has_none(pictures: Path) -> None:
-    for text in ("path,label\nsub/0.png,a\nsub/1.png,b\n", "path,label,truth,split\nsub/0.png,a,,train\nsub/1.png,b,,val\n"):
-        assert find_source(write(pictures, text)).build().truth is None
+    rows = "sub/0.png,a{0}\nsub/1.png,b{0}\n"
+    assert find_source(write(pictures, "path,label\n" + rows.format(""))).build().truth is None
+    split = "path,label,truth,split\n" + rows.format(",,train")
+    assert find_source(write(pictures, split + "sub/2.png,a,,val\n")).build().truth is None
+    truth = find_source(write(pictures, split + "sub/2.png,b,,test\n")).build().truth
+    assert truth is not None
+    assert truth.tolist() == [-1, -1, 1], "a test row's label is its clean one"
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "column 'path' is there 0 times"),
+        ("", "is empty; its first line must name the columns: path, label, truth, split"),
         ("path,label\n", "has no rows"),
         (
             "path,lable\nsub/0.png,a\n",
@@ -230,7 +236,13 @@ def test_a_manifest_without_truth_has_none(pictures: Path) -> None:
             r"line 3: split 'Test' is not allowed \(did you mean 'test'\?\)",
         ),
         ("path,label,split\nsub/0.png,a,train\nsub/1.png,b,\n", "line 3: split '' is not allowed; write one of train, val"),
-        ("path,label,split\nsub/0.png,a,test\nsub/1.png,b,val\n", "holds no training images"),
+        ("path,label,split\nsub/0.png,a,test\nsub/1.png,b,val\n", "has no training rows"),
+        (
+            "path,label,split\nsub/0.png,cat,train\nsub/1.png,dog,train\nsub/2.png,dgo,test\n",
+            r"line 4: label 'dgo' is in no training row \(did you mean 'dog'\?\)",
+        ),
+        ("path,label,split\nsub/0.png,0,train\nsub/1.png,1,train\nsub/2.png,2,val\n", "line 4: label '2' is in no training"),
+        ("path,label,split\nsub/0.png,a,train\nsub/1.png,a,train\nsub/2.png,a,test\n", "at least two classes, not 1"),
         ("path,label\nsub/0.png,a\nsub/8.png,b\nsub/9.png,b\nsub/1.png/x,b\n", "sub/8.png is missing in .*, and 2 more$"),
         ("path,label\nsub/0.png,a\nsub/8.png,b\n", "sub/8.png is missing in [^,]*$"),
         ('path,label\nsub/0.png,"a\n', "after line 2: unexpected end of data"),
@@ -260,8 +272,11 @@ def test_a_path_that_leaves_the_folder_is_refused(path: str, pictures: Path) -> 
     (inner / "out").symlink_to(pictures)
     path = path.format(top=inner)
     text = f"path,label\nsub/0.png,a\nsub/1.png,b\n{path},b\n"
-    refused(write(inner, text), r"line 4: .* leads out of .*/inner; images must lie in that folder")
-    refused(write(inner, f"path,label\n{path},b\nsub/1.png,a\n"), "line 2: .* leads out of")  # before it is looked at
+    said = (
+        "is not allowed; write paths from .*/inner on" if path.startswith("/") else "leads out of .*/inner; images must lie in"
+    )
+    refused(write(inner, text), f"line 4: .* {said}")
+    refused(write(inner, f"path,label\n{path},b\nsub/1.png,a\n"), f"line 2: .* {said}")  # before it is looked at
 
 
 def test_links_within_the_folder_and_a_linked_folder_are_fine(pictures: Path) -> None:
@@ -441,9 +456,13 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         ("x.png", lambda whole: whole[: len(whole) // 2], "truncated"),
         ("x.bmp", lambda whole: whole[:-9], "truncated"),
         ("x.webp", lambda whole: whole[:-9], "could not create decoder"),
-        ("x.png", lambda whole: b"", "it is no image"),
-        ("x.png", lambda whole: b"<html>404</html>", "it is no image"),
-        ("x.png", lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "it is no image"),
+        ("x.png", lambda whole: b"", NO_IMAGE),
+        ("x.png", lambda whole: b"<html>404</html>", NO_IMAGE),
+        (
+            "x.png",
+            lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+            NO_IMAGE,
+        ),
         ("x.png", lambda whole: whole[:50] + bytes(8) + whole[58:], "broken|no image"),
     ],
 )
@@ -456,7 +475,9 @@ def test_a_damaged_image_is_named(name: str, damage: object, match: str, tmp_pat
     (tmp_path / "b" / name).write_bytes(damage((tmp_path / "b" / name).read_bytes()))  # type: ignore[operator]
     refused(f"folder:{tmp_path}", f"^image {tmp_path}/b/{name} cannot be read .*{match}")
     (tmp_path / "a" / "0.png").write_bytes(b"")
-    refused(f"folder:{tmp_path}", f"^image {tmp_path}/a/0.png cannot be read .it is no image.$")  # already by the name
+    refused(
+        f"folder:{tmp_path}", f"^image {tmp_path}/a/0.png cannot be read .it is no PNG, .* or GIF image.$"
+    )  # already by the name
 
 
 @pytest.mark.parametrize("names", [("train", "valid", "test"), ("Train", "Dev", "Test"), ("training", "validation", "testing")])

@@ -208,6 +208,8 @@ def test_the_entry_point_goes_on_where_the_sweep_is_there(job: dict[str, Any], t
     ends = {0: 0, 1: 1, 2: 2, 7: 7, 130: 0, 137: 137, 143: 0}
     assert {code: run(code) for code in ends} == {code: (end, "launch\n") for code, end in ends.items()}
     (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert run(0) == (0, "launch\n"), "a folder is no sweep"
+    (tmp_path / "runs" / "first" / "sweep.yaml").touch()
     said = "and not launch after it, where it fails"
     assert {code: run(code) for code in ends} == {code: (end, "resume\n") for code, end in ends.items()}, said
 

@@ -41,14 +41,14 @@ NODES = [
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "trials"),
-    [(1, 0, 20), (2.5, 0, 7), (1, 0.2, 10), (1, 0.3, 6), (4, 0.2, 4), (1, 1, 2), (1, 2, 1), (16, 0, 1)],
+    [(1, 0, 20), (2.5, 0, 7), (1, 0.2, 10), (1, 0.3, 6), (4, 0.2, 4), (1, 1, 2), (16, 0, 1)],
 )
 def test_capacity_of_living_nodes(cpus: float, gpus: float, trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: NODES)
     assert capacity(make_spec({"cpus_per_trial": cpus, "gpus_per_trial": gpus})) == trials
 
 
-@pytest.mark.parametrize(("cpus", "gpus"), [(17, 0), (1, 3), (5, 4)])
+@pytest.mark.parametrize(("cpus", "gpus"), [(17, 0), (17, 0.5), (17, 1)])
 def test_a_trial_that_no_node_holds(cpus: float, gpus: float, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes: list[dict[str, Any]] = NODES
     monkeypatch.setattr("ray.nodes", lambda: nodes)

@@ -26,7 +26,7 @@ from tune.desk import Desk
 from tune.ledger import Ledger, Record
 from tune.recipes import of_trial
 from tune.spec import MAX_LOST, Sweep
-from tune.trial import TrialActor
+from tune.trial import TrialActor, memory_fraction
 from tune.watchdog import NOTE, Watchdog, allowed_seconds, last_words
 
 # -- a trial that hangs -----------------------------------------------------------------------------------------------
@@ -268,6 +268,32 @@ def test_a_trial_that_ran_out_of_memory_gives_it_back(tmp_path: Path, monkeypatc
     actor.made = Slow([1.0])
     actor.reset_config({"trial": json.dumps(actor.trial | {"number": 1})})
     assert [epoch["epoch"] for epoch in actor.step()["epochs"]] == [1]
+
+
+def test_a_share_of_a_gpu_without_what_a_process_takes_itself() -> None:
+    total = 80 * 2**30
+    assert [memory_fraction(share, total) * 80 for share in (0.25, 0.5)] == [19.25, 39.25], "three quarters of a GiB less"
+    with pytest.raises(ValueError, match=r"--gpus-per-trial: 0.005 of this GPU's 80 GiB .* \(0.75 GiB\)"):
+        memory_fraction(0.005, total)
+
+
+def test_a_trial_is_held_to_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else of it is on the GPU; one that has a whole one is not held to anything."""
+    told: list[Any] = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**30, 8 * 2**30))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", told.append)
+    monkeypatch.setattr("training.experiment.Experiment", lambda recipe, folder, rungs, device: told.append(device))
+    trial = {
+        "cpus": 1,
+        "recipe": {"method": "ce", "values": {}, "data": "digits", "noise": "none", "model": "mlp", "epochs": 1, "seed": 0},
+        "folder": "/nowhere",
+        "rungs": [],
+    }
+    for gpus in (0.5, 1, 0):
+        actor = TrialActor.__new__(TrialActor)
+        actor.trial = {**trial, "gpus": gpus}
+        actor._build()
+    assert told == [0.5 - 0.75 / 8, "cuda", "cuda", "cpu"]
 
 
 def test_a_process_that_has_lost_its_gpu_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

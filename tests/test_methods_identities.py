@@ -96,6 +96,20 @@ def test_a_learner_steps_as_torchs_sgd_does(values: dict[str, float]) -> None:
             assert differences(start, net.state_dict()) == ["/other.bias", "/other.weight"]
 
 
+def test_a_gradient_in_another_memory_format_is_the_same_gradient() -> None:
+    """Weights are stored channels last; a gradient that a method makes itself may not be."""
+    stepped = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        net = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        gradient = torch.randn(6, 4, 3, 3).contiguous(memory_format=layout)
+        learner = Learner(net, Config(lr=0.1))
+        learner.descend([gradient], 0.1)
+        learner.descend([gradient], 0.1)
+        stepped.append(net.weight.detach())
+    torch.testing.assert_close(*stepped, rtol=0, atol=0)
+
+
 # SELC and ALR
 
 

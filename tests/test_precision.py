@@ -57,6 +57,19 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise() -> None:
     assert {output.dtype for output in seen} == {torch.float32}
 
 
+@pytest.mark.parametrize(("computes", "precision"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_computes_in_bfloat16_where_it_can(
+    computes: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones imitate it, and are slower for it; who asks for it gets it there, too."""
+    monkeypatch.setattr(Network, "to", lambda self, *place, **layout: self)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: computes or including_emulation)
+    assert small_cnn().tuned("cuda").features.precision == precision
+    assert small_cnn().tuned("cuda", "bfloat16").features.precision == torch.bfloat16
+    assert small_cnn().tuned("cuda", "float32").features.precision == torch.float32
+    assert small_cnn().tuned("cpu").features.precision == torch.float32
+
+
 def test_a_copy_computes_as_the_original_does() -> None:
     """An average of weights starts as a copy of the network."""
     images, low = torch.randn(4, 3, 16, 16), small_cnn().tuned("cpu", "bfloat16").eval()

@@ -83,6 +83,12 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
     rows = board(storage, "first")
     assert_whole(folder, rows, 6)
     assert_projected(storage, "first", rows)
+    noise, made_with = json.loads((folder / "noise.json").read_text()), yaml.safe_load((folder / "sweep.yaml").read_text())
+    assert (noise["noise"], noise["labels_sha256"]) == ("symmetric:0.4", made_with["provenance"]["noise_labels"])
+    assert noise["realised_rate"] == pytest.approx(made_with["provenance"]["noise_rate"], abs=1e-6)
+    assert noise["realised_rate"] == pytest.approx(0.4, abs=1e-3)
+    assert [sum(row) for row in noise["matrix"]] == pytest.approx([1.0] * 10, abs=1e-4)
+    assert sum(row[label] for label, row in enumerate(noise["matrix"])) / 10 == pytest.approx(0.6, abs=0.03)
     for epoch, standing in rungs_before.items():  # what stood at a rung still stands there
         assert standing.items() <= rungs(storage, "first")[epoch].items()
     after = {row["trial"]: row for row in rows}

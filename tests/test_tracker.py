@@ -32,8 +32,9 @@ OURS = {"sweep", "sweep_id", "study", "role", "trial", "method", "state", "epoch
 
 
 def start_sweep(storage: Path, **fields: Any) -> Sweep:
-    fields = {"method": ("alr",), "trials": 6, "epochs": 9, "reduction_factor": 2, "set": {"warmup": "0"}, **fields}
-    return make_sweep(storage, **fields)
+    """Its trials' made-up values follow from what is drawn, so the ranges are its own."""
+    space = {"set": {"warmup": "0"}, "range": {"memory": "0.02:0.1:log"}}
+    return make_sweep(storage, **{"method": ("alr",), "trials": 6, "epochs": 9, "reduction_factor": 2, **space, **fields})
 
 
 def play(
@@ -154,6 +155,7 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     sweep = start_sweep(storage)
     ledger = Ledger(sweep)
     play(ledger)
+    sweep.files.write("noise.json", '{"realised_rate": 0.4}')
     projection = Projection(ledger, tracking_uri(storage, ""))
     projection.close(spent=True)
     parent, best = read_store(storage)["parent"], ledger.best()
@@ -177,11 +179,12 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     assert f"| {best.number} | alr | complete | {100 * best.value:.2f} |" in note  # type: ignore[operator]
     run_id = parent["run_id"]
     held = {file.path for file in projection.client.list_artifacts(run_id)}
-    assert {"best_config.yaml", "leaderboard.json", "plots.html"} <= held
+    assert {"best_config.yaml", "leaderboard.json", "noise.json", "plots.html"} <= held
     for name in held:
         projection.client.download_artifacts(run_id, name, str(tmp_path))
     assert json.loads((tmp_path / "leaderboard.json").read_text()) == rows(ledger, projection.runs)
     assert from_yaml(tmp_path / "best_config.yaml") == of_trial(ledger, best)
+    assert json.loads((tmp_path / "noise.json").read_text()) == {"realised_rate": 0.4}
     assert "plotly" in (tmp_path / "plots.html").read_text().lower()
     (location,) = [path for path in storage.rglob("best_config.yaml") if "mlartifacts" in path.parts]
     assert location.is_relative_to(storage / "mlartifacts" / "first")
@@ -209,6 +212,22 @@ def test_the_parent_tells_what_was_spent_and_saved(storage: Path) -> None:
     assert f"{num_epochs} epochs" in note
     assert f"saved by ASHA: {num_saved} epochs" in note
     assert " of 2 GPU-hours" in note
+
+
+def test_runs_of_the_store_that_is_tracked_to_now_are_the_ones_that_are_noted(
+    storage: Path, tmp_path: Path, migrated_store: Path
+) -> None:
+    """Tracked to one store, to another, and to the first one again."""
+    ledger = Ledger(start_sweep(storage))
+    play(ledger)
+    here, there = tracking_uri(storage, ""), tracking_uri(new_storage(tmp_path / "there", migrated_store), "")
+    noted = []
+    for uri in (here, there, here):
+        projection = Projection(ledger, uri)
+        projection.close(spent=True)
+        noted.append(noted_runs(ledger))
+        assert noted[-1] == projection.runs
+    assert noted[0] == noted[2] != noted[1]
 
 
 def test_drawing_says_nothing_on_the_screen(tmp_path: Path) -> None:

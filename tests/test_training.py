@@ -607,6 +607,17 @@ def test_an_epoch_record_survives_json_and_checkpoint(tmp_path: Path) -> None:
     assert EpochRecord(**held) == record
 
 
+@pytest.mark.parametrize(("size", "images"), [(32, 1024), (64, 1024), (128, 512), (256, 128), (4096, 1)])
+def test_images_per_batch_of_an_evaluation_on_a_gpu(size: int, images: int) -> None:
+    labelled = Labelled(torch.empty(2, 3, size, size, device="meta"), torch.empty(2, device="meta"))
+    assert labelled.fitting(1024) == images
+
+
+@pytest.mark.parametrize(("size", "images"), [(8, 1024), (32, 64), (64, 16), (256, 1), (512, 1)])
+def test_images_per_batch_of_an_evaluation_on_a_cpu(size: int, images: int) -> None:
+    assert Labelled(torch.empty(1, 1, 1, 1).expand(2, 3, size, size), torch.empty(2)).fitting(1024) == images
+
+
 @pytest.mark.parametrize("total", [10**9, 10**5])
 def test_data_move_to_a_device_once_or_stay_where_they_do_not_fit(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """115,008 bytes of digits: a table larger than a quarter of the trial's share of the device stays, and batches move."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -25,6 +27,13 @@ HARMLESS = {  # in the query of a database's URL, in small letters
     *("sslcert", "sslkey", "sslmode", "sslrootcert", "ssl_ca", "ssl_cert", "ssl_check_hostname", "ssl_key", "unix_socket"),
     *("passfile", "target_session_attrs", "trusted_connection", "trustservercertificate", "user"),
 }
+COMPILE = """
+import sys, torch
+try:
+    torch.compile(torch.sin)(torch.ones(2, device=sys.argv[1]))
+except RuntimeError as error:  # the compiler's own are
+    sys.exit(str(error).strip().splitlines()[0])
+"""
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
@@ -60,16 +69,14 @@ def check_network(spec: SweepSpec, dataset: Dataset) -> None:
 
 
 def check_compiler(compiled: str, device: str) -> None:
-    """ValueError where networks are to be compiled and this machine cannot do that: a first function is, in about 20 s."""
+    """ValueError where networks are to be compiled and this machine cannot do that: a first function is, in about 20 s, in a
+    process of its own, since a driver that has used a GPU holds some of its memory."""
     if compiled == "off":
         return
-    import torch
-
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except RuntimeError as error:  # the compiler's own are
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})") from error
+    done = subprocess.run([sys.executable, "-c", COMPILE, device], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})")
 
 
 def num_gpus() -> int:
@@ -84,7 +91,9 @@ def clean(uri: str) -> str:
     which everybody could read in the list of processes, and which would be stored."""
     path = uri.removeprefix("sqlite:///")
     if path != uri:
-        return f"sqlite:///{Path(path).resolve()}" if path else uri
+        if not path or path == ":memory:":
+            raise ValueError(f"--tracking: {uri!r} is not allowed; it keeps nothing: name a file, sqlite:///FILE")
+        return f"sqlite:///{Path(path).resolve()}"
     userinfo, query, shown = Credentials.of(uri)
     kind = kind_of(uri)
     names = {name.lower() for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True)}

@@ -54,13 +54,13 @@ class SweepSpec:
     gpu_hours: float = option(
         0.0, "the same for hours times GPUs, summed over trials (default: no limit)", "[0, inf)", execution=True
     )
-    epochs: int = option(30, "full budget of a trial", "[1, inf)")
+    epochs: int = option(30, "full budget of a trial", "[1, 1000000]")
     trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
     seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
     set: Mapping[str, str] = option({}, "a hyperparameter's fixed value, NAME=VALUE (repeatable)")
     range: Mapping[str, str] = option({}, "a hyperparameter's search range, NAME=LOW:HIGH[:log] (repeatable)")
     cpus_per_trial: float = option(1.0, "CPU cores of a trial", "[0.0001, inf)", execution=True)
-    gpus_per_trial: float = option(0.0, "GPUs of a trial, a fraction or whole ones", "[0, inf)", execution=True)
+    gpus_per_trial: float = option(0.0, "GPUs of a trial: 1, or a fraction", "[0, 1]", execution=True)
     concurrent: int = option(0, "trials at a time (default: what the machines hold)", "[0, inf)", execution=True)
     tracking: str = option("", "MLflow tracking URI (default: mlflow.db in the storage)", execution=True)
     address: str = option("", "address of a running Ray cluster (default: this machine)", execution=True)
@@ -69,7 +69,9 @@ class SweepSpec:
     reduction_factor: int = option(3, "ASHA keeps one in this many at a rung", "[2, inf)", flag=False)
     grace_epochs: int = option(0, "first rung of ASHA in epochs (0: a tenth of the budget)", "[0, inf)", flag=False)
     checkpoint_seconds: float = option(10.0, "a trial is saved when this much time has passed", "[0, inf)", flag=False)
-    report_seconds: float = option(1.0, "a trial reports at rungs and when this much time has passed", "[0, inf)", flag=False)
+    report_seconds: float = option(
+        1.0, "a trial reports, and hears of a stop, at rungs and when this much time has passed", "[0, 5]", flag=False
+    )
     hang_seconds: float = option(
         1800.0,
         "an epoch that takes longer ends its process, if it also takes ten times the longest before it; the first epoch of a"
@@ -194,10 +196,8 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
     ):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known are {', '.join(sorted(known))}")
-    if 0 < spec.gpus_per_trial < 0.0001 or (spec.gpus_per_trial > 1 and spec.gpus_per_trial != int(spec.gpus_per_trial)):
-        raise ValueError(
-            f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0, a fraction from 0.0001, or a whole number"
-        )
+    if 0 < spec.gpus_per_trial < 0.0001:
+        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
         raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model)

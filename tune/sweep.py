@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 import shlex
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, TextIO
 from optuna.trial import TrialState
 
 from data.dataset import Dataset
-from data.noise import parse_noise
+from data.noise import NoiseReport, parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
@@ -28,7 +29,7 @@ from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import Interruption
-from tune.files import LOCK, Home, as_home, held
+from tune.files import LOCK, NOISE, RECORD, Home, as_home, held
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
@@ -43,12 +44,17 @@ PACKAGES = ("torch", "ray", "optuna", "mlflow")
 
 def _provenance(dataset: Dataset) -> dict[str, Any]:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # a machine without git
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    noise = dataset.noise
+    found = {"noise_rate": round(noise.realised_rate, 6), "noise_labels": noise.label_checksum} if noise else {}
     return {
         "id": uuid.uuid4().hex,
         "created": round(time.time(), 3),
         "data": dataset.fingerprint,
         "table": dataset.checksum,
+        **found,
         "commit": commit or "unknown",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -92,6 +98,8 @@ def launch(
     if home.exists(name):
         if home.files(name).running():
             raise held(name, home.files(name).read(LOCK) or "")
+        if home.files(name).read(RECORD) is None:
+            raise ValueError(f"sweep name {name!r} is taken in {home.place} by something that is no sweep; choose another one")
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
     spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
     space = Space(spec)
@@ -120,6 +128,8 @@ def launch(
                 ledger.enqueue(params)
             for line in moved:
                 print(line)
+        if dataset.noise:
+            files.write(NOISE, noise_text(spec, dataset, dataset.noise))
         sweep.write()
     sweep = Sweep.find(home, name)
     with sweep.files.lock(command):
@@ -129,7 +139,7 @@ def launch(
 def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     """What is about to run, for the user to check: data, noise, network, defaults, ranges and rungs."""
     report = dataset.noise
-    noise = f", realised rate {report.realised_rate:.4f}, labels {report.label_checksum[:12]}" if report else ""
+    noise = f", {report}" if report else ""
     sizes = f"{len(dataset.train)} training, {len(dataset.validation.labels)} validation (noisy labels)"
     sizes += f", {len(dataset.test.labels)} test (clean labels)" if dataset.test else ""
     sizes += f", {len(dataset.trusted)} trusted (clean labels)" if dataset.trusted else ""
@@ -167,6 +177,20 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     return lines
 
 
+def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:
+    """What noise training and validation labels hold, as JSON: ``matrix[i][j]`` is the share of class i that is labelled j."""
+    classes = list(dataset.classes) or [str(label) for label in range(dataset.num_classes)]
+    found = {
+        "noise": spec.noise,
+        "noise_seed": spec.noise_seed,
+        "realised_rate": noise.realised_rate,
+        "labels_sha256": noise.label_checksum,
+        "classes": classes,
+        "matrix": [[round(share, 6) for share in row] for row in noise.matrix.tolist()],
+    }
+    return json.dumps(found) + "\n"
+
+
 def check_data(sweep: Sweep, spec: SweepSpec) -> None:
     """ValueError where images, labels or split are not those of the launch."""
     before, now = sweep.provenance["data"], dataset_of(spec).fingerprint
@@ -183,8 +207,10 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)
-    if spec.trials < sweep.spec.trials and spec.trials < (num_begun := len(Ledger(sweep, read_only=True).records)):
-        raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
+    if spec.trials < sweep.spec.trials:
+        ledger = Ledger(sweep, read_only=True)
+        if spec.trials < (num_begun := ledger.num_counted() + len(ledger.unfinished())):
+            raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
     try:
         check_tracking(tracking_uri(sweep.storage, spec.tracking))
     except NoAnswer as error:

@@ -20,6 +20,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from training.locations import Location, Remote
+from tune.files import NOISE
 from tune.ledger import SWEEP, Ledger, Record
 from tune.report import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
 
@@ -168,7 +169,8 @@ class Projection:
                 self.status[run_id] = run.info.status
                 self._send_params(run_id, self._params(self.ledger.records[number]), run.data.params)
                 self.runs[number] = run_id
-        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if run not in self.noted]
+        last = noted_runs(self.ledger)  # those of another store, where the sweep was tracked to one in between
+        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if last.get(number) != run]
         if lacking:
             self.notes.append(lacking)
 
@@ -300,6 +302,9 @@ class Projection:
         best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
         if best:
             self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
+        noise = self.sweep.files.read(NOISE) if self.ledger.kind == SWEEP else None  # retraining draws its own
+        if noise:
+            self.client.log_text(self.parent, noise, NOISE)
         table = json.dumps(rows(self.ledger, self.runs), indent=1)
         self.client.log_text(self.parent, table, "leaderboard.json")
         page = plots_page(self.ledger) if best else ""

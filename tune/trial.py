@@ -16,7 +16,7 @@ from training.locations import Away, location
 from tune.watchdog import Watchdog, allowed_seconds
 
 log = logging.getLogger(__name__)
-CUDA_CONTEXT_BYTES = 512 * 2**20  # what a process takes on a GPU before its first tensor
+CUDA_CONTEXT_BYTES = 768 * 2**20  # what a process takes on a GPU beside its tensors: its context, loaded kernels
 
 
 class TrialActor(Trainable):
@@ -96,7 +96,7 @@ class TrialActor(Trainable):
         torch.set_num_threads(max(1, int(self.trial["cpus"])))
         if 0 < self.trial["gpus"] < 1:
             total = torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(max(0.0, self.trial["gpus"] - CUDA_CONTEXT_BYTES / total))
+            torch.cuda.set_per_process_memory_fraction(memory_fraction(self.trial["gpus"], total))
         device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
         return Experiment(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
 
@@ -121,3 +121,15 @@ class TrialActor(Trainable):
         """Called when the actor is stopped: an interrupted trial is saved where it stands."""
         if self.experiment is not None:
             self._save()
+
+
+def memory_fraction(share: float, total: int) -> float:
+    """How much of a GPU of ``total`` bytes a trial's tensors may take, in (0, 1): its share of it without its CUDA context, so
+    that it cannot take its neighbours' memory. ValueError where that is nothing."""
+    left = share - CUDA_CONTEXT_BYTES / total
+    if left <= 0:
+        raise ValueError(
+            f"--gpus-per-trial: {share:g} of this GPU's {total / 2**30:.0f} GiB is no more than a process takes beside its"
+            f" tensors ({CUDA_CONTEXT_BYTES / 2**30:g} GiB)"
+        )
+    return left

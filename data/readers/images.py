@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import struct
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")  # published .jpg files may be any of these; no format that runs programs
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
 BLOCK_BYTES = 2**22
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large, it is an error
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with Image.open(path, formats=FORMATS) as image:
             yield image
     except DAMAGE as error:
-        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        unknown = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(f"image {path} cannot be read ({reason})") from error
 
 

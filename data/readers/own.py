@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +55,8 @@ def manifest(argument: str, options: Options) -> Source:
     """``manifest:FILE.csv`` with a header and the columns path, label and, where there are any, truth and split, in any order.
 
     Paths are relative to the file's folder and stay in it. Labels are names or integers; the classes are those that occur, in
-    order. An empty truth is one that is not known. The split is train, val, validation or test; the label of a test row is its
-    clean label where it has no truth. ValueError names the line that is not so.
+    order, in training rows where there is a split. An empty truth is one that is not known. The split is train, val, validation
+    or test; the label of a test row is its clean label where it has no truth. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
     return _source("manifest", path, path.parent, lambda: _first_in_manifest(path), lambda: _read_manifest(path), options)
@@ -211,7 +212,8 @@ def _rows(path: Path) -> Iterator[Row]:
                     continue
                 if len(cells) != len(columns):
                     raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(columns)}")
-                row = Row(line, **dict(zip(columns, (cell.strip() for cell in cells), strict=True)))
+                words = ((name, cell.strip()) for name, cell in zip(columns, cells, strict=True))
+                row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
                 if not row.path or not row.label:
                     raise ValueError(f"{_at(path, line)}: path and label must not be empty")
                 yield row
@@ -224,6 +226,8 @@ def _at(path: Path, line: int) -> str:
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
+    if not columns:
+        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
     for column in columns:
         if column not in COLUMNS:
             hint = _hint(column, COLUMNS)
@@ -253,6 +257,8 @@ def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str
         path = os.path.join(real(parent), base)
         if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
             return
+    if os.path.isabs(name):
+        raise ValueError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
     raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder")
 
 
@@ -273,27 +279,32 @@ def _read_manifest(path: Path) -> Listing:
 
 
 def _labelled(path: Path, rows: list[Row]) -> Listing:
+    is_split = any(row.split for row in rows)
+    for row in rows:
+        if is_split and row.split not in SPLITS:
+            hint, allowed = _hint(row.split, SPLITS), ", ".join(SPLITS)
+            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{hint}; write one of {allowed}")
+    trained = [row for row in rows if not is_split or SPLITS[row.split] == TRAIN]
+    if not trained:
+        raise ValueError(f"manifest {path} has no training rows")
     numbers = all(WHOLE.fullmatch(row.label) for row in rows)
 
     def read(text: str) -> str:
         return str(int(text)) if numbers and WHOLE.fullmatch(text) else text
 
-    classes = sorted({read(row.label) for row in rows}, key=int if numbers else None)
+    classes = sorted({read(row.label) for row in trained}, key=int if numbers else None)
     if numbers and int(classes[0]) < 0:
         raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
     index = {name: label for label, name in enumerate(classes)}
     index[""] = -1
-    is_split = any(row.split for row in rows)
     for row in rows:
+        if read(row.label) not in index:
+            raise ValueError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{_hint(row.label, classes)}")
         if read(row.truth) not in index:
             hint = _hint(row.truth, classes)
             raise ValueError(
                 f"{_at(path, row.line)}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known"
             )
-        if is_split and row.split not in SPLITS:
-            hint = _hint(row.split, SPLITS)
-            allowed = ", ".join(SPLITS)
-            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{hint}; write one of {allowed}")
     return Listing(
         path.parent,
         [row.path for row in rows],

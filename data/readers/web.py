@@ -46,7 +46,8 @@ def clothing1m(argument: str, options: Options) -> Source:
 
     Training images are a subset of the noisy million with PER_CLASS of each class, drawn once for all; a smaller subset is
     part of a larger one. Without PER_CLASS it is as many as the smallest class has. The test set is the clean one. Keys may be
-    with or without ``images/``, and that folder may be missing.
+    with or without ``images/``, and that folder may be missing. As with WebVision the middle square of an image is kept, of
+    which random parts are cut; published code cuts them from the whole image, its shorter side brought to 256.
     """
     if argument and not re.fullmatch("[1-9][0-9]*", argument):
         raise ValueError(f"data set clothing1m: {argument!r} is not allowed after it; write clothing1m or clothing1m:PER_CLASS")
