@@ -126,7 +126,8 @@ search, all trials together; the seconds are those of a shared machine, whose lo
 (`methods.md` has costs that can be compared). Ranges and defaults were fixed in a commit before the table was
 made; ELR+'s `ramp` got its range after the first table, PENCIL a bound on its label step and another range, and
 both were searched again then. So were SELC and ALR, whose ranges of `warmup` and `memory` were widened after runs under
-60 % noise, and CDR, which got its `sparsity` (`decisions.md`). Why some methods do not beat cross-entropy in 30 epochs is in [below_ce.md](below_ce.md).
+60 % noise, and CDR, which got its `sparsity` ([decisions.md](decisions.md)). Why some methods do not beat cross-entropy in
+30 epochs is in [below_ce.md](below_ce.md).
 """,
     ]
     for noise, budget in sorted({(row["noise"], row["budget"]): None for row in rows}, key=lambda pair: pair[1]):
