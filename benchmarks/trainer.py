@@ -1,11 +1,11 @@
 """Samples per second of this project's training loop beside one that is written the usual way: same data, network and batches.
 
     python benchmarks/trainer.py [--data digits|cifar-like] [--model NAME] [--methods alr,ce] [--epochs 10] [--repeats 5]
-                                 [--samples 2000] [--batch 64] [--device cpu,cuda] [--profile] [--out trainer.json]
+                                 [--samples 2000] [--batch 64] [--workers 2] [--device cpu,cuda] [--profile] [--out trainer.json]
 
 The usual loop is what the official codes of the field have: PIL images in a list; torchvision's transforms (RandomCrop with
-padding, RandomHorizontalFlip where ours flips, ToTensor, Normalize) in a DataLoader with 2 workers, and for comparison with
-none; float32; ``loss.item()`` in every step; torch.optim.SGD. Its ALR keeps soft labels [N, K] on the host, indexed by sample,
+padding, RandomHorizontalFlip where ours flips, ToTensor, Normalize) in a DataLoader with ``--workers`` workers (2), and for
+comparison with none; float32; ``loss.item()`` in every step; torch.optim.SGD. Its ALR keeps soft labels [N, K] on the host, indexed by sample,
 with the predictions' ``.cpu()`` round trip. Workers are kept from epoch to epoch, which flatters it: many codes start new ones.
 Ours is the trainer of a trial, statistics included. Both compute with one thread, as a trial does; the usual loop has its two
 worker processes beside it, on cores that a search would give to further trials.
@@ -289,11 +289,13 @@ def measured(method: str, options: argparse.Namespace, device: str) -> dict[str,
     found: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         own = ours(method, options, device)
-        speeds = {"ours": own} | {f"usual, {workers} workers": usual(method, options, device, workers) for workers in (2, 0)}
+        speeds = {"ours": own} | {
+            f"usual, {workers} workers": usual(method, options, device, workers) for workers in (options.workers, 0)
+        }
         numbers: dict[str, float] = {}
         for way, speed in speeds.items():
             numbers |= {way: speed.trained, f"{way}, evaluated": speed.evaluated, f"{way}, per core": speed.per_core}
-        for workers in (2, 0):
+        for workers in (options.workers, 0):
             speed = speeds[f"usual, {workers} workers"]
             numbers[f"ratio to {workers} workers"] = own.trained / speed.trained
             numbers[f"ratio to {workers} workers, evaluated"] = own.evaluated / speed.evaluated
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="cifar-like: images, of which 56 percent are trained on")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu,cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=2, help="of the usual loop; 5 to 8 are usual where there are the cores")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file of all repeats")
     options = parser.parse_args()
@@ -333,7 +336,7 @@ def main() -> None:
                 digits = 0 if max(values) > 100 else 2
                 print(f"  {name:32s} {median(values, digits)}", flush=True)
     if options.out:
-        what = {name: getattr(options, name) for name in ("data", "model", "epochs", "repeats", "samples", "batch")}
+        what = {name: getattr(options, name) for name in ("data", "model", "epochs", "repeats", "samples", "batch", "workers")}
         options.out.write_text(json.dumps({"what": what, "results": results}, indent=1) + "\n")
 
 
