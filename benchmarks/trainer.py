@@ -1,12 +1,13 @@
 """Samples per second of this project's training loop beside one that is written the usual way: same data, network and batches.
 
     python benchmarks/trainer.py [--data digits|cifar-like] [--model NAME] [--methods alr,ce] [--epochs 10] [--repeats 5]
-                                 [--samples 2000] [--batch 64] [--workers 2] [--device cpu,cuda] [--profile] [--out trainer.json]
+                                 [--samples 2000] [--batch 64] [--workers 2] [--device cpu,cuda] [--profile]
+                                 [--out trainer.json]
 
 The usual loop is what the official codes of the field have: PIL images in a list; torchvision's transforms (RandomCrop with
 padding, RandomHorizontalFlip where ours flips, ToTensor, Normalize) in a DataLoader with ``--workers`` workers (2), and for
-comparison with none; float32; ``loss.item()`` in every step; torch.optim.SGD. Its ALR keeps soft labels [N, K] on the host, indexed by sample,
-with the predictions' ``.cpu()`` round trip. Workers are kept from epoch to epoch, which flatters it: many codes start new ones.
+comparison with none; float32; ``loss.item()`` in every step; torch.optim.SGD. Its ALR keeps soft labels [N, K] on the host,
+indexed by sample, with the predictions' ``.cpu()`` round trip. Workers are kept from epoch to epoch, which flatters it: many codes start new ones.
 Ours is the trainer of a trial, statistics included. Both compute with one thread, as a trial does; the usual loop has its two
 worker processes beside it, on cores that a search would give to further trials.
 
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="cifar-like: images, of which 56 percent are trained on")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu,cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=2, help="of the usual loop; 5 to 8 are usual where there are the cores")
+    parser.add_argument("--workers", type=int, default=2, help="of the usual loop; official codes have 5 to 8")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file of all repeats")
     options = parser.parse_args()
