@@ -7,9 +7,9 @@
 The usual loop is what the official codes of the field have: PIL images in a list; torchvision's transforms (RandomCrop with
 padding, RandomHorizontalFlip where ours flips, ToTensor, Normalize) in a DataLoader with ``--workers`` workers (2), and for
 comparison with none; float32; ``loss.item()`` in every step; torch.optim.SGD. Its ALR keeps soft labels [N, K] on the host,
-indexed by sample, with the predictions' ``.cpu()`` round trip. Workers are kept from epoch to epoch, which flatters it: many codes start new ones.
-Ours is the trainer of a trial, statistics included. Both compute with one thread, as a trial does; the usual loop has its two
-worker processes beside it, on cores that a search would give to further trials.
+indexed by sample, with the predictions' ``.cpu()`` round trip. Workers are kept from epoch to epoch, which flatters it: many
+codes start new ones. Ours is the trainer of a trial, statistics included. Both compute with one thread, as a trial does; the
+usual loop has its worker processes beside it, on cores that a search would give to further trials.
 
 A run is ``--epochs`` epochs after one that is not counted. In each repeat all are run right after each other; reported are the
 median over repeats with its range, and the median of the ratios within repeats. "evaluated": the passes after the epochs count,
