@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 
 with warnings.catch_warnings():
@@ -52,6 +55,21 @@ class Postgres:
     def start(self) -> None:
         socket = self.server.get_uri().partition("host=")[2]
         self._control("start", "-l", str(self.server.log), "-o", f'-h "" -k {socket}')
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """As a paused virtual machine: all its processes stand still, and the kernel goes on taking what is sent to them."""
+        postmaster = psutil.Process(int((self.folder / "postmaster.pid").read_text().split()[0]))
+        postmaster.suspend()  # first, so that it starts no others
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        try:
+            for process in processes[1:]:
+                process.suspend()
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):  # one that had ended by itself
+                    process.resume()
 
     def _control(self, *words: str) -> None:
         user = pwd.getpwnam(self.server.system_user).pw_uid if self.server.system_user else os.getuid()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.sweep_process import PATIENCE, ROOT
 from tests.sweeps import make_sweep
+from tune import driver as driver_module
 from tune import sweep as sweep_module
 from tune.desk import Desk
 from tune.driver import LOOK_SECONDS, Interruption
@@ -84,6 +85,28 @@ def test_a_driver_that_cannot_be_reached_ends_with_its_last_words(storage: Path,
         os.close(ours)
         assert shown.decode().splitlines()[-1] == said
         assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h") > 0
+
+
+class Silent:
+    """A stop request in a place that does not answer."""
+
+    def exists(self) -> bool:
+        threading.Event().wait()
+        raise AssertionError("it has answered")
+
+    def touch(self) -> None: ...
+
+    def unlink(self, missing_ok: bool = False) -> None: ...
+
+
+def test_time_is_kept_where_the_stop_request_is_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the thread that ends a driver whose main thread is stuck."""
+    monkeypatch.setattr(driver_module, "STUCK_SECONDS", 1.0)
+    ended = threading.Event()
+    with Interruption(Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=2), Silent(), ended.set):
+        time.sleep(2 * LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(5)
 
 
 def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:

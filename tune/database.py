@@ -4,8 +4,8 @@ A line has its number in its file, so that a reader goes on from where it was; a
 at all, and written once however often it is tried: its lines carry an id by which a second attempt finds the first.
 
 All goes through one connection, which also holds the driver's lock (a session's advisory lock: a dead driver has none). So
-nothing can be written while the lock is gone: a connection that breaks is made anew for ``RETRY_SECONDS``, and with it the
-lock is taken again, which fails where another driver came in between.
+nothing can be written while the lock is gone: a connection that breaks, or whose server says nothing, is made anew for
+``RETRY_SECONDS``, and with it the lock is taken again, which fails where another driver came in between.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psycopg
 from psycopg import conninfo, errors
 
 from training.locations import AT, Credentials, Location, location, names, remove
+from tune.connection import Connection
 from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
 from tune.journal import DamagedFile
 
@@ -87,10 +88,10 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = check_url(url)
         self._conninfo = conninfo.make_conninfo("", **{**CONNECT, **conninfo.conninfo_to_dict(url)})
-        self.patience = RETRY_SECONDS
         self.locks: dict[int, tuple[str, str]] = {}  # key -> sweep, and what its holder noted
         self._guard = threading.RLock()  # the tracker and the watch for a stop request have threads of their own
-        self._connection: psycopg.Connection[Any] | None = None
+        self._connection: Connection | None = None
+        self._hurried = threading.Event()
         self._process = os.getpid()
         self._reached = False  # once
         self._away_since: float | None = None
@@ -99,8 +100,10 @@ class Database:
         """What ``work`` does with the connection; it is told whether this is a further attempt. Unreachable where the database
         is away for too long, or the lock was lost to another driver; OSError where the database refuses it."""
         again = False
+        self._check_hurry()
         with self._guard:
             while True:
+                began = time.monotonic()
                 try:
                     answer = work(self._connected(), again)
                     self._away_since = None
@@ -109,7 +112,7 @@ class Database:
                     pass
                 except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
                     self._drop()
-                    self._wait(error)
+                    self._wait(error, began)
                 except psycopg.Error as error:
                     raise OSError(self._reason(error)) from error
                 except BaseException:  # a signal in the middle of an answer
@@ -147,7 +150,9 @@ class Database:
         if self._process != os.getpid():  # a forked process: neither connection nor locks are its own
             self._connection, self._process, self.locks = None, os.getpid(), {}
         if self._connection is None:
-            self._connection = psycopg.connect(self._conninfo, autocommit=True)
+            self._check_hurry()
+            self._connection = Connection.connect(self._conninfo, autocommit=True)
+            self._connection.hurried = self._hurried
             self._connection.execute(SESSION)
             self._reached = True
             for key, (sweep, note) in self.locks.items():
@@ -162,12 +167,21 @@ class Database:
         if not taken:  # the server has yet to notice that our last connection is gone
             raise psycopg.OperationalError("the broken connection still holds the sweep")
 
-    def _wait(self, error: psycopg.Error) -> None:
-        now = time.monotonic()
-        self._away_since = self._away_since or now
-        if not self._reached or now - self._away_since + PAUSE > self.patience:
+    def hurry(self) -> None:
+        """From now on what breaks is not made anew: a driver that ends has no time for it. To be called from any thread."""
+        self._hurried.set()
+
+    def _check_hurry(self) -> None:
+        """Asked without the guard, too, which a thread may hold that has just begun to connect."""
+        if self._hurried.is_set() and self._connection is None:
+            raise Unreachable(f"database {self.url}: the connection is lost, and a driver that ends makes no other")
+
+    def _wait(self, error: psycopg.Error, began: float) -> None:
+        """Until the next attempt. ``began``: when the one that failed did; a server that says nothing has been away since."""
+        self._away_since = self._away_since or began
+        over = not self._reached or time.monotonic() - self._away_since + PAUSE > RETRY_SECONDS
+        if over or self._hurried.wait(PAUSE):
             raise Unreachable(self._reason(error)) from error
-        time.sleep(PAUSE)
 
     def _reason(self, error: psycopg.Error) -> str:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -201,6 +215,8 @@ class Database:
             return True
 
     def release(self, sweep: str) -> None:
+        if self._hurried.is_set() and self._connection is None:  # with the connection went the lock
+            return
         with self._guard:
             self.locks.pop(lock_key(sweep), None)
             if self._connection is not None and self._process == os.getpid():
@@ -309,7 +325,7 @@ class DatabaseFiles(SweepFiles):
         return bool(self.database.select(HELD, lock_key(self.sweep)))
 
     def hurry(self) -> None:
-        self.database.patience = 0.0
+        self.database.hurry()
 
 
 class DatabaseHome(Home):

@@ -43,6 +43,7 @@ class Interruption:
         self.gone: Callable[[], str] = lambda: ""  # why Ray is no more; empty while it is there
         self.signal = 0
         self.since = 0.0  # when the signal came
+        self.limit = math.inf  # on the monotonic clock, for the main thread to come out of Ray
         self._handled = False
         self._settled = False
         self._over = threading.Event()
@@ -53,7 +54,8 @@ class Interruption:
         os.set_blocking(self._arrived, False)
         self._previous_pipe = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
         self._previous = self.listen()
-        threading.Thread(target=self._watch, args=(arrivals,), name="stop-request", daemon=True).start()
+        threading.Thread(target=self._watch, args=(arrivals,), name="stop", daemon=True).start()
+        threading.Thread(target=self._look, name="stop-request", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,25 +102,33 @@ class Interruption:
         raise Interrupted
 
     def _watch(self, arrivals: int) -> None:
-        """``arrivals``: Python writes the number of each signal there when it comes, not when it is handled."""
-        limit = math.inf  # for the main thread to come out of Ray
+        """Keeps the time: from the signal on it asks nobody who may not answer. ``arrivals``: Python writes the number of each
+        signal there when it comes, not when it is handled."""
         while not self._over.is_set():
             came = os.read(arrivals, 64) if select.select([arrivals], [], [], LOOK_SECONDS)[0] else b""
             for number in STOPS.intersection(came):
                 self._note(number)
-                limit = min(limit, self.since + STUCK_SECONDS)
-            if time.monotonic() > limit and not self._settled:
+                self.limit = min(self.limit, self.since + STUCK_SECONDS)
+            if time.monotonic() > self.limit and not self._settled:
                 self.farewell()
                 return
-            if limit < math.inf:
+            if self.limit < math.inf:
                 continue
             gone = self.gone
             if (reason := gone()) and self.gone is gone:  # it is taken away before we end Ray ourselves
-                limit = time.monotonic() + STUCK_SECONDS
+                self.limit = time.monotonic() + STUCK_SECONDS
                 self.desk.halt(reason)
-            elif self._asked() and not self.signal:
-                _thread.interrupt_main(signal.SIGTERM)  # which arrives as any other
         os.close(arrivals)
+
+    def _look(self) -> None:
+        """Looks for a stop request, in a thread of its own, because what holds it may keep us waiting."""
+        while not self._over.wait(LOOK_SECONDS) and not self._stopping():
+            if self._asked() and not self._stopping() and not self._over.is_set():
+                _thread.interrupt_main(signal.SIGTERM)  # which arrives as any other
+                return
+
+    def _stopping(self) -> bool:
+        return bool(self.signal) or self.limit < math.inf
 
     def _asked(self) -> bool:
         try:

@@ -309,6 +309,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
 
         def farewell() -> None:
             code = 1
+            sweep.files.hurry()  # the main thread may be waiting for a database, with what the tracker needs in its hands
             try:
                 ended = outcome(ledger, desk, interruption.signal, command, idle)
                 code = ended.code
@@ -327,7 +328,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Ended:
                     executor.run(desk, sweep.spec, interruption, display.line)
             finally:
                 interruption.settle()
-                if interruption.signal:
+                if interruption.signal or desk.problem:  # which may be that they are away, and were waited for
                     sweep.files.hurry()
                 close_trackers(interruption.left())
     if kind == SWEEP and (best := ledger.best()):

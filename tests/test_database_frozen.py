@@ -1,0 +1,249 @@
+"""A PostgreSQL that is frozen: it takes what is sent to it, and says nothing. Nobody waits for it for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import search
+from tests.postgres import Postgres
+from tests.sweep_process import PATIENCE, ROOT, STARTED, end_all
+from tests.sweeps import epoch_record, made_up, make_sweep, play
+from tests.test_database import check_whole
+from tune import connection as connection_module
+from tune import database as database_module
+from tune.database import Database, DatabaseHome
+from tune.desk import FINISHED, Desk
+from tune.files import Unreachable
+from tune.ledger import Ledger
+from tune.recipes import dataset
+from tune.spec import Sweep
+
+COMMAND = "the command that goes on"
+DRIVER = """
+import contextlib, sys, time
+from pathlib import Path
+from search import leave
+from tests.sweeps import epoch_record
+from tune import connection, executor
+from tune.database import DatabaseHome
+from tune.ledger import SWEEP
+from tune.spec import Sweep
+from tune.sweep import execute
+
+url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
+
+def run(desk, spec, interruption, say):
+    desk.concurrent = 1
+    with contextlib.suppress(KeyboardInterrupt):
+        desk.next("a")
+        for epoch in range(1, 100_000):
+            if not desk.result("a", [epoch_record(epoch, 0.5)], failure=None, diverged=False):
+                return
+            print("epoch", epoch, flush=True)
+            time.sleep(float(epoch_seconds))
+
+connection.SILENT_SECONDS = float(silent_seconds)
+executor.run = run
+sweep = Sweep.find(DatabaseHome(url, Path(storage)), name)
+with sweep.files.lock(command):
+    leave(execute(sweep, SWEEP, command).say())
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    """One of its own: whoever else has a connection to a frozen one waits, too."""
+    server = Postgres()
+    yield server
+    end_all()
+    server.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(database_module, "RETRY_SECONDS", 2.0)
+    monkeypatch.setitem(database_module.CONNECT, "connect_timeout", 2)  # libpq's least
+
+
+@pytest.mark.usefixtures("impatient")
+def test_it_is_silence_that_is_not_waited_for(postgres: Postgres) -> None:
+    """A statement may take as long as it wants, as long as something comes."""
+    database = Database(postgres.new_database())
+    packets = "select pg_sleep(0.1), repeat('x', 100000) from generate_series(1, 16)"
+    began = time.monotonic()
+    assert len(database.select(packets)) == 16
+    assert time.monotonic() - began > 2 * connection_module.SILENT_SECONDS
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"^database postgresql://.*: the server has said nothing for 0.6 s$"):
+        database.select("select pg_sleep(20)")
+    assert time.monotonic() - began < 6
+    assert database.select("select 1") == [(1,)]
+
+
+def test_a_frozen_database_that_thaws_in_time_costs_nothing(
+    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some statements are broken off, and carried out all the same when the server goes on."""
+    monkeypatch.setattr(connection_module, "SILENT_SECONDS", 0.3)
+    home = DatabaseHome(server.new_database(), tmp_path)
+    sweep = make_sweep(home, trials=40, epochs=5, scheduler="none")
+    num_frozen, num_broken, over = 0, 0, threading.Event()
+    real = connection_module.Connection._heard
+
+    def heard(self: connection_module.Connection, gen: Any) -> Any:
+        nonlocal num_broken
+        try:
+            return (yield from real(self, gen))
+        except psycopg.OperationalError as error:
+            num_broken += "the server has said nothing" in str(error)
+            raise
+
+    def freeze() -> None:
+        nonlocal num_frozen
+        while not over.wait(0.5) and num_frozen < 3:
+            with server.frozen():
+                time.sleep(0.9)
+            num_frozen += 1
+
+    monkeypatch.setattr(connection_module.Connection, "_heard", heard)
+    disturber = threading.Thread(target=freeze)
+    with sweep.files.lock("x"):
+        desk = Desk(Ledger(sweep), total=40, concurrent=2)
+        disturber.start()
+        play(desk, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
+        over.set()
+        disturber.join()
+        assert DatabaseHome(home.place, None).files("first").running()
+    assert desk.problem == ""
+    assert num_frozen == 3
+    assert num_broken > 0
+    check_whole(sweep, 40, 5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_frozen_database_stops_the_sweep(
+    server: Postgres, tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once it has been waited for long enough, with the command that goes on as the last line; then nothing is missing."""
+    (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
+    home = DatabaseHome(server.new_database(), tmp_path)
+    sweep = make_sweep(home, trials=2, epochs=3, scheduler="none")
+    replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint}).write()
+    waited = 0.0
+
+    def run(desk: Desk, *rest: object) -> None:
+        nonlocal waited
+        desk.concurrent = 1
+        record = desk.next("a")
+        assert record not in (None, FINISHED)
+        values = record.values  # type: ignore[union-attr]
+        assert desk.result("a", [epoch_record(1, made_up(values, 1))], failure=None, diverged=False)
+        stack.enter_context(server.frozen())
+        began = time.monotonic()
+        assert not desk.result("a", [epoch_record(2, made_up(values, 2))], failure=None, diverged=False)
+        waited = time.monotonic() - began
+        desk.ended("a")
+
+    monkeypatch.setattr("tune.executor.run", run)
+    with contextlib.ExitStack() as stack:
+        assert search.main(["resume", "first", "--ledger", home.place]) == 1
+    assert 0.5 < waited < 8
+    said = capsys.readouterr().err
+    assert "warning: the table cannot be shown: database " in said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
+    assert last.endswith(f"; go on with: python search.py resume first --ledger '{home.place}'")
+    sweep = Sweep.find(DatabaseHome(home.place, None), "first")
+    with sweep.files.lock("x"):
+        play(Desk(Ledger(sweep), total=2, concurrent=2))
+    check_whole(sweep, 2, 3)
+
+
+def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path: Path, migrated_store: Path) -> None:
+    """In the three states that a driver can be in, at once: its main thread waits for the database, it waits for a trial while
+    others wait for the database, and the connection was given up and is being made anew."""
+    home = DatabaseHome(server.new_database(), tmp_path / "runs")
+    cases = {
+        "recording": (0.05, 30, signal.SIGINT),
+        "training": (1000, 30, signal.SIGTERM),
+        "lost": (0.05, 0.5, signal.SIGTERM),
+    }
+    drivers, logs = {}, {}
+    for name, (epoch_seconds, silent_seconds, _) in cases.items():
+        make_sweep(home, name, epochs=100_000, scheduler="none", tracking=f"sqlite:///{tmp_path / name}.db")
+        shutil.copy(migrated_store, tmp_path / f"{name}.db")
+        command = [sys.executable, "-c", DRIVER, home.place, home.storage, name, epoch_seconds, silent_seconds, COMMAND]
+        logs[name] = tmp_path / f"{name}.log"
+        with logs[name].open("w") as log:
+            drivers[name] = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, text=True)
+        STARTED.append(drivers[name])
+    deadline = time.monotonic() + PATIENCE
+    while not all("epoch" in log.read_text() for log in logs.values()):
+        assert all(driver.poll() is None for driver in drivers.values()), [log.read_text() for log in logs.values()]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with server.frozen():
+        time.sleep(2)
+        began = time.monotonic()
+        for name, (_, _, number) in cases.items():
+            drivers[name].send_signal(number)
+        took: dict[str, float] = {}
+        while len(took) < len(cases) and time.monotonic() < began + 60:
+            took |= {n: time.monotonic() - began for n, d in drivers.items() if n not in took and d.poll() is not None}
+            time.sleep(0.05)
+    said = {name: log.read_text().splitlines() for name, log in logs.items()}
+    assert {name: driver.returncode for name, driver in drivers.items()} == {"recording": 130, "training": 143, "lost": 143}
+    assert max(took.values()) < 11, took
+    for name, lines in said.items():
+        assert lines[-1] == COMMAND, lines
+        sweep = Sweep.find(DatabaseHome(home.place, None), name)
+        with sweep.files.lock("x"):
+            epochs = [record["epoch"] for record in sweep.files.lines("metrics.jsonl").read()]
+        num_told = sum(line.startswith("epoch") for line in lines)
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert num_told <= len(epochs) <= num_told + 1, "the last one may have arrived after all"
+
+
+@pytest.mark.parametrize("silent_seconds", [30, 0.3], ids=["in a statement", "while it connects"])
+def test_in_a_hurry_nobody_waits_for_another_thread(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, silent_seconds: float
+) -> None:
+    """Nor is a connection attempted, of which each would take seconds."""
+    monkeypatch.setattr(connection_module, "SILENT_SECONDS", silent_seconds)
+    monkeypatch.setattr(connection_module, "HURRIED_SECONDS", 0.5)
+    monkeypatch.setitem(database_module.CONNECT, "connect_timeout", 3)
+    database = Database(server.new_database())
+    assert database.select("select 1") == [(1,)]
+
+    def wait_in_vain() -> None:
+        with pytest.raises(Unreachable):
+            database.select("select 1")
+
+    with server.frozen():
+        other = threading.Thread(target=wait_in_vain)
+        other.start()
+        time.sleep(1.2)
+        monkeypatch.setattr(connection_module.Connection, "connect", lambda *_, **__: pytest.fail("an attempt"))
+        began = time.monotonic()
+        database.hurry()
+        for _ in range(5):
+            with pytest.raises(Unreachable):
+                database.execute("select 1")
+        database.release("first")
+        assert time.monotonic() - began < 1
+        other.join(10)
+        assert not other.is_alive()
