@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 	@echo "the runs in the browser: $(PYTHON) search.py ui"
 
 test: $(VENV)/ready
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

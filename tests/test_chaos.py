@@ -329,7 +329,8 @@ def assert_nothing_left(storage: Path) -> None:
     names = {str(trial.number) for trial in best}
     assert held == names | {f"{name}/checkpoint.pt" for name in names}
     files = {path.name for path in (storage / "chaos").iterdir()} - {"checkpoints"}
-    assert files == {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "best_config.yaml"}
+    expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "noise.json", "best_config.yaml"}
+    assert files == expected
     scratch = hashlib.sha256(str(storage / "chaos").encode()).hexdigest()[:16]
     assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{scratch}*")), "what Tune wrote"
     assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
