@@ -105,7 +105,7 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     values = {name: v for name, v in vars(options).items() if name in FIELDS and v is not None}
     for name, value in values.items():
         if isinstance(value, str) and not value.strip():  # a shell's variable that is not set
-            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; leave it out for the default")
+            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; give a value, or leave the flag out")
     return {name: read_field(name, value) for name, value in values.items()}
 
 

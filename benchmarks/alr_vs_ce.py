@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,8 @@ def search(*arguments: object) -> str:
 
 def searched_and_retrained(method: str, storage: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The retrained winner of a method's own search."""
-    name = f"{method}-{options.noise.replace(':', '-')}"
+    words = (method, options.noise, options.model, options.data)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))[:80]
     place = ("--storage", storage)
     what = ("--method", method, "--data", options.data, "--noise", options.noise, "--model", options.model)
     budget = ("--trials", options.trials, "--epochs", options.epochs, "--seed", options.seed)
@@ -58,13 +60,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             [
                 row["method"],
                 f"{100 * row['searched_value']:.2f}",
-                f"{100 * row['test_accuracy']:.2f} +- {100 * row['standard_error']:.2f}",
+                f"{100 * row['mean']:.2f} +- {100 * row['standard_error']:.2f}",
                 paired,
                 " ".join(f"{100 * value:.2f}" for value in row["by_seed"].values()),
                 " ".join(f"{name}={value:.4g}" for name, value in row["params"].items()),
             ]
         )
-    return text_table(("method", "noisy val", "clean test", f"minus {last['method']}", "by seed", "parameters"), lines)
+    measured = {"test": "clean test", "val": "noisy val again"}[last["measure"]]
+    header = ("method", "noisy val", measured, f"minus {last['method']}", "by seed", "parameters")
+    measured = {"test": "clean test", "val": "noisy val again"}[last["measure"]]
+    header = ("method", "noisy val", measured, f"minus {last['method']}", "by seed", "parameters")
+    return text_table(header, lines)
 
 
 def main() -> None:

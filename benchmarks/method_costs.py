@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file of the ratios")
     options = parser.parse_args()
+    what = f"digits, small-cnn, {options.epochs} epochs, batches of 64, one thread of a CPU"
+    old = json.loads(options.out.read_text()) if options.out and options.out.exists() else None
+    if old and options.methods != "all" and (old["what"], old["repeats"]) != (what, options.repeats):
+        parser.error(f"{options.out} holds {old['what']}, {old['repeats']} repeats: measure all methods, or in the same way")
     torch.set_num_threads(1)
     seconds("ce", 2)
     relative = {}
@@ -59,12 +63,9 @@ def main() -> None:
         relative[method] = round(statistics.median(ratios), 2)
         print(f"{method:18s} {relative[method]:6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     if options.out:
-        what = f"digits, small-cnn, {options.epochs} epochs, batches of 64, one thread of a CPU"
-        new: dict[str, Any] = {"what": what, "repeats": options.repeats, "relative": relative}
-        old = json.loads(options.out.read_text()) if options.out.exists() else new
-        if (old["what"], old["repeats"]) == (new["what"], new["repeats"]):
-            known = old["relative"] | relative
-            new["relative"] = {name: known[name] for name in METHODS if name in known}
+        known = (old["relative"] if old and options.methods != "all" else {}) | relative
+        new: dict[str, Any] = {"what": what, "repeats": options.repeats}
+        new["relative"] = {name: known[name] for name in METHODS if name in known}
         options.out.write_text(json.dumps(new, indent=1) + "\n")
 
 

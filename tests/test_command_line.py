@@ -86,7 +86,7 @@ BAD_LAUNCHES = {
     "one and a half GPUs": (["--gpus-per-trial", "1.5"], ["'1.5'", "[0, 1]"]),
     "a GPU where there is none": (["--gpus-per-trial", "1"], ["1", "0 GPUs"]),
     "an empty storage": (["--storage", ""], ["--storage: ''", "./runs"]),
-    "an empty tracking URI": (["--tracking", " "], ["--tracking: ' '", "leave it out"]),
+    "an empty tracking URI": (["--tracking", " "], ["--tracking: ' '", "leave the flag out"]),
     "a tracking store in memory": (["--tracking", "sqlite:///"], ["'sqlite:///'", "sqlite:///FILE"]),
     "epochs beyond all bounds": (["--epochs", "9" * 20], ["999", "[1, 1000000]"]),
     "negative hours": (["--hours", "-1"], ["'-1'", "[0, inf)"]),
@@ -377,6 +377,20 @@ def test_resume_of_a_finished_sweep_says_so(tmp_path: Path, migrated_store: Path
     command = f"python search.py resume done --storage '{storage}'"
     assert last == f"nothing was left to do: 3 of 3 trials; for more: {command} --trials N"
     assert search.main(["train", str(folder / "best_config.yaml")]) == 0
+
+
+def test_resume_says_that_the_program_is_another(
+    tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = new_storage(tmp_path / "runs", migrated_store)
+    folder = make_finished_sweep(storage, "old")
+    for before, now, said in (("aaaaaaa", "bbbbbbb", True), ("aaaaaaa", "aaaaaaa", False), ("aaaaaaa", "unknown", False)):
+        record = (folder / "sweep.yaml").read_text()
+        (folder / "sweep.yaml").write_text(re.sub("commit: .*", f"commit: {before}", record))
+        monkeypatch.setattr("tune.sweep._commit", lambda now=now: now)
+        assert search.main(["resume", "old", "--storage", str(storage)]) == 0
+        line = "'old' was launched with version aaaaaaa of this program, this is bbbbbbb; methods and ranges may differ"
+        assert (line in capsys.readouterr().out) == said
 
 
 def test_resume_says_which_budget_is_spent(tmp_path: Path, migrated_store: Path, capsys: pytest.CaptureFixture[str]) -> None:

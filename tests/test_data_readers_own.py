@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -286,6 +288,32 @@ def test_links_within_the_folder_and_a_linked_folder_are_fine(pictures: Path) ->
     linked = pictures.parent / f"{pictures.name}-link"
     linked.symlink_to(pictures)
     assert decoded(find_source(f"manifest:{linked}/list.csv").build())[:, 0, 0, 0].tolist() == [30, 10, 20]
+
+
+BOMB = """
+import sys
+from pathlib import Path
+from PIL import Image
+from data.readers.images import decode
+
+Image.MAX_IMAGE_PIXELS = 1000
+for side in (40, 60):
+    Image.new("L", (side, side)).save("large.png")
+    try:
+        print(decode("large.png", 1, 8).shape)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_large_image_is_read_without_a_word_and_a_far_too_large_one_refused(tmp_path: Path) -> None:
+    """In a process of its own: pytest has warnings of its own. PIL warns from its limit on, and refuses twice as much."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", BOMB]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    read, refused_with = done.stdout.splitlines()
+    assert (read, done.stderr) == ("(8, 8)", "")
+    assert re.match(r"image large.png cannot be read \(Image size \(3600 pixels\) exceeds limit", refused_with)
 
 
 # --- what has changed -------------------------------------------------------------------------------------------------------

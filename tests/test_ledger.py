@@ -766,3 +766,67 @@ def test_retrained_configurations_by_hand(tmp_path: Path) -> None:
     assert second["standard_error"] == pytest.approx(0.2 / math.sqrt(3))
     assert second["by_seed"] == {"0": 0.5, "1": 0.7, "2": 0.9}
     assert second["params"] == params[0]
+
+
+# -- sweeps of an earlier version -------------------------------------------------------------------------------------
+
+
+def without_lines(path: Path, *words: str) -> None:
+    """Drops the lines that hold all of the words."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not all(word in line for word in words)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: str) -> None:
+    """Finished trials have its default; one in progress gets a value, as new ones do; and nothing is called damaged."""
+    sweep = make_sweep(tmp_path, method=("cdr", "ce"), trials=6, epochs=2, sampler=sampler, scheduler="none")
+    play(open_desk(sweep, total=6), keep=[5])
+    journal = sweep.folder / "journal.log"
+    before = Ledger(sweep, read_only=True)
+    finished = [record.number for record in before.records.values() if record.finished and record.method == "cdr"]
+    assert finished
+    without_lines(journal, '"param_name":"cdr.sparsity"')
+    for ledger in (Ledger(sweep, read_only=True), Ledger(sweep)):
+        for number in finished:
+            expected = {**before.records[number].values, "sparsity": declared(find_method("cdr").Config)["sparsity"].default}
+            assert ledger.records[number].values == expected
+        assert [record.number for record in ledger.leaderboard()] == [record.number for record in before.leaderboard()]
+    desk = open_desk(sweep, total=12)
+    play(desk)
+    later = [r for r in desk.ledger.records.values() if r.method == "cdr" and r.number not in finished]
+    assert later
+    assert all(record.values["sparsity"] == record.params["cdr.sparsity"] for record in later)
+
+
+def test_a_parameter_that_only_one_trial_lacks_is_damage(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, method=("cdr",), trials=3, epochs=2)
+    play(open_desk(sweep))
+    without_lines(sweep.folder / "journal.log", '"param_name":"cdr.sparsity"', '"trial_id":1,')
+    with pytest.raises(DamagedFile, match="what it says of trial 1 is damaged"):
+        Ledger(sweep, read_only=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_outside_of_todays_range_stay(tmp_path: Path) -> None:
+    """A range that was changed in between, in either direction: finished trials and those in progress keep what they have."""
+    sweep = make_sweep(tmp_path, trials=4, epochs=2, range={"lr": "0.5:0.9:log"}, scheduler="none")
+    play(open_desk(sweep, total=4), keep=[3])
+    before = {number: record.values for number, record in Ledger(sweep, read_only=True).records.items()}
+    assert min(float(values["lr"]) for values in before.values()) >= 0.5
+    record = sweep.folder / "sweep.yaml"
+    record.write_text(record.read_text().replace("  range:\n    lr: 0.5:0.9:log\n", "  range: {}\n"))
+    changed = Sweep.read(sweep.folder)
+    assert changed.spec.range == {}
+    desk = open_desk(changed, total=6)
+    assert {number: record.values for number, record in desk.ledger.records.items()} == before
+    play(desk)
+    new = [record.values["lr"] for number, record in desk.ledger.records.items() if number not in before]
+    assert len(new) == 2
+    assert max(map(float, new)) <= 0.1
+
+
+def test_a_record_is_not_held_to_todays_limits(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, report_seconds=60.0, gpus_per_trial=2.0, epochs=2_000_000)
+    assert Sweep.read(sweep.folder).spec == sweep.spec

@@ -128,12 +128,15 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
     spec = spec_file(tmp_path, trials=3, scheduler="none", epochs=60)
     launched = start(log, "launch", "worker", "--storage", storage.name, "--spec", spec, cwd=tmp_path)
 
+    found = []
+
     def both_midway() -> bool:
-        return sum(2 <= len(epochs) < 40 for epochs in epochs_by_trial(folder).values()) == 2
+        found[:] = workers(launched.pid)  # a process that is just being given its title does not show as one
+        return bool(found) and sum(2 <= len(epochs) < 40 for epochs in epochs_by_trial(folder).values()) == 2
 
     wait_until(both_midway, launched, log)
     assert list(folder.glob("checkpoints/*/checkpoint.pt"))
-    workers(launched.pid)[0].kill()
+    found[0].kill()
     assert launched.wait(240) == 0, log.read_text()
     said = re.search(r"trial (\d) lost its process after epoch (\d+)", log.read_text())
     assert said

@@ -177,9 +177,11 @@ class Database:
             raise Unreachable(f"database {self.url}: the connection is lost, and a driver that ends makes no other")
 
     def _wait(self, error: psycopg.Error, began: float) -> None:
-        """Until the next attempt. ``began``: when the one that failed did; a server that says nothing has been away since."""
-        self._away_since = self._away_since or began
-        over = not self._reached or time.monotonic() - self._away_since + PAUSE > RETRY_SECONDS
+        """Until the next attempt. ``began``: when the one that failed did; a server that says nothing has been away since, but
+        one may have said much in that time: no attempt takes more than half of the patience."""
+        now = time.monotonic()
+        self._away_since = self._away_since or max(began, now - RETRY_SECONDS / 2)
+        over = not self._reached or now - self._away_since + PAUSE > RETRY_SECONDS
         if over or self._hurried.wait(PAUSE):
             raise Unreachable(self._reason(error)) from error
 

@@ -123,6 +123,7 @@ class Ledger:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
         trials = self.study.get_trials(deepcopy=False)
         self.num_stored = len(trials)  # those in the queue, too
+        self._names = {name for trial in trials for name in trial.params}
         for trial in trials:
             if trial.state is not TrialState.WAITING:
                 self._adopt(trial)
@@ -142,13 +143,12 @@ class Ledger:
     def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
         """A record for a stored trial; one whose proposal was cut off gets the rest of its parameters."""
         try:
-            if trial.state is TrialState.RUNNING and not self.read_only:
+            if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
                 self.study.sampler = self._sampler(trial)
-                method, values = self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+                self.space.suggest(optuna.Trial(self.study, trial._trial_id))
                 self.study.sampler = self._unused
                 trial = self.study._storage.get_trial(trial._trial_id)
-            else:
-                method, values = self.space.read(trial.params)
+            method, values = self.space.read(trial.params, self._names if trial.state.is_finished() else None)
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
                 lost = (

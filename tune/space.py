@@ -6,7 +6,7 @@ what they learn about it, and ``method.field`` where it is the method's own or t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import optuna
@@ -119,9 +119,32 @@ class Space:
                 values[parameter.field] = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log)
         return method, values
 
-    def read(self, params: Mapping[str, Value]) -> tuple[str, dict[str, Value]]:
-        """What :meth:`suggest` gave for a stored trial's parameters, without a trial."""
-        return self.suggest(optuna.trial.FixedTrial(dict(params)))  # type: ignore[arg-type]
+    def read(self, params: Mapping[str, Value], stored: Container[str] | None = None) -> tuple[str, dict[str, Value]]:
+        """What :meth:`suggest` gave for a stored trial's parameters, without a trial, also where ranges were others then.
+
+        ``stored``: the names that trials of the study have; a hyperparameter that is not among them is newer than the study,
+        and has its default. ValueError where another one is missing, or a value is not legal.
+        """
+        method = str(params.get("method")) if len(self.methods) > 1 else self.methods[0]
+        if method not in self.parameters:
+            raise ValueError(f"method {method!r} is not one of {', '.join(self.methods)}")
+        values: dict[str, Value] = {}
+        for parameter in self.parameters[method]:
+            newer = stored is not None and parameter.name not in stored
+            default = parameter.declared.default if newer else None
+            value = params.get(parameter.name, default) if parameter.range else parameter.fixed
+            if value is None:
+                raise ValueError(f"{parameter.name} is missing")
+            values[parameter.field] = parameter.declared.check(value)
+        return method, values
+
+    def is_whole(self, params: Mapping[str, Value]) -> bool:
+        """Whether nothing is left to be drawn of a trial with these parameters."""
+        try:
+            self.read(params)
+        except ValueError:
+            return False
+        return True
 
     def defaults(self, method: str, spec: SweepSpec) -> tuple[dict[str, Value], list[str]]:
         """The parameters of the published configuration, moved to the nearest bound where a range excludes it, and a

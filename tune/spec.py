@@ -124,8 +124,9 @@ def read_pairs(name: str, items: object) -> dict[str, str]:
     return pairs
 
 
-def read_field(name: str, value: object) -> Any:
-    """One field's value from a flag or from YAML, checked. ValueError names the value and what is allowed."""
+def read_field(name: str, value: object, *, stored: bool = False) -> Any:
+    """One field's value from a flag or from YAML, checked. ValueError names the value and what is allowed. One that is
+    ``stored`` was allowed when its sweep was launched."""
     declared = FIELDS[name]
     if name in ("set", "range"):
         return read_pairs(name, value)
@@ -140,7 +141,7 @@ def read_field(name: str, value: object) -> Any:
     except (ValueError, OverflowError):
         result = None
     legal = declared.metadata["legal"]
-    if result is None or (legal and not (math.isfinite(result) and result in Interval.parse(legal))):
+    if result is None or (legal and not stored and not (math.isfinite(result) and result in Interval.parse(legal))):
         allowed = f"{'an integer' if kind is int else 'a number'} in {legal}"
         raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
     return result
@@ -249,7 +250,8 @@ class Sweep:
             if text is None:
                 raise ValueError(f"no sweep {name!r} in {home.place}; there are: {', '.join(home.names()) or 'none'}")
             content = yaml.safe_load(text)
-            spec = make_spec({name: read_field(name, value) for name, value in content["spec"].items() if value != ""})
+            fields = ((name, value) for name, value in content["spec"].items() if value != "")
+            spec = make_spec({name: read_field(name, value, stored=True) for name, value in fields})
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
                 raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")

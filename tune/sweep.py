@@ -42,11 +42,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
 
 
-def _provenance(dataset: Dataset) -> dict[str, Any]:
+def _commit() -> str:
+    """Of this program; ``unknown`` where there is no git, or no repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = ""
-    with contextlib.suppress(OSError):  # a machine without git
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def _provenance(dataset: Dataset) -> dict[str, Any]:
     noise = dataset.noise
     found = {"noise_rate": round(noise.realised_rate, 6), "noise_labels": noise.label_checksum} if noise else {}
     return {
@@ -55,7 +59,7 @@ def _provenance(dataset: Dataset) -> dict[str, Any]:
         "data": dataset.fingerprint,
         "table": dataset.checksum,
         **found,
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
@@ -203,6 +207,9 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     sweep = Sweep.find(home, name)
     check_place(sweep, home)
     command = resume_command(sweep)
+    before, now = sweep.provenance["commit"], _commit()
+    if before != now and "unknown" not in (before, now):
+        print(f"{name!r} was launched with version {before} of this program, this is {now}; methods and ranges may differ")
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
     check_resources(spec)
     check_storage(sweep.storage)

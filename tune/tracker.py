@@ -302,14 +302,14 @@ class Projection:
         best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
         if best:
             self.client.log_text(self.parent, best_config_text(self.ledger, best), "best_config.yaml")
-        noise = self.sweep.files.read(NOISE) if self.ledger.kind == SWEEP else None  # retraining draws its own
-        if noise:
-            self.client.log_text(self.parent, noise, NOISE)
         table = json.dumps(rows(self.ledger, self.runs), indent=1)
         self.client.log_text(self.parent, table, "leaderboard.json")
         page = plots_page(self.ledger) if best else ""
         if page:
             self.client.log_text(self.parent, page, "plots.html")
+        noise = self.sweep.files.read(NOISE) if self.ledger.kind == SWEEP else None  # retraining draws its own
+        if noise:
+            self.client.log_text(self.parent, noise, NOISE)
 
     def _drop_doubles(self) -> None:
         """Runs that were made without this process hearing of it: the sweep is over, or waits, and they would run for ever."""
