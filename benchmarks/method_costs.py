@@ -1,9 +1,9 @@
 """What a run of each method costs beside cross-entropy: the same budget, one thread, in one process.
 
-    python benchmarks/method_costs.py [--methods all] [--epochs 30] [--repeats 3] [--out docs/costs.json]
+    python benchmarks/method_costs.py [--methods all] [--epochs 10] [--repeats 3] [--out docs/costs.json]
 
 Each run is a whole budget on digits with small-cnn at default hyperparameters, evaluation included, so that phases of
-different cost (warm-ups, probes) have their share; of 30 epochs one in three measures test accuracy, as in a search. In each
+different cost (warm-ups, probes) have their share; in so short a budget every epoch measures test accuracy. In each
 repeat every method is run right after a run of cross-entropy, which it is divided by; reported is the median of the repeats.
 ``--out`` keeps what it holds of other methods, if they were measured in the same way.
 """
@@ -44,7 +44,7 @@ def seconds(method: str, epochs: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="all")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file of the ratios")
     options = parser.parse_args()

@@ -68,7 +68,12 @@ def wait_until(condition: Any, process: subprocess.Popen[str], log: Path) -> Non
 
 def workers(driver: int) -> list[psutil.Process]:
     """The processes in which trials of this driver run."""
-    return [process for process in family(driver) if "Trainable" in " ".join(process.cmdline())]
+    found = []
+    for process in family(driver):
+        with suppress(psutil.NoSuchProcess):  # it has just ended, or is a zombie
+            if "Trainable" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def family(parent: int) -> set[psutil.Process]:
