@@ -68,8 +68,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     measured = {"test": "clean test", "val": "noisy val again"}[last["measure"]]
     header = ("method", "noisy val", measured, f"minus {last['method']}", "by seed", "parameters")
-    measured = {"test": "clean test", "val": "noisy val again"}[last["measure"]]
-    header = ("method", "noisy val", measured, f"minus {last['method']}", "by seed", "parameters")
     return text_table(header, lines)
 
 

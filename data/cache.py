@@ -27,7 +27,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.folders import alone, cache_folder
+from data.folders import alone, cache_folder, write_whole
 from data.noise import label_bytes
 from data.sources import TEST, RawTable, Source
 
@@ -153,7 +153,7 @@ def _build(path: Path, source: Source) -> None:
             done += len(block)
             if time.monotonic() - synced > SYNC_SECONDS:
                 _sync(file)
-                _replace(notes, json.dumps(plan | {"done": done}))
+                write_whole(notes, json.dumps(plan | {"done": done}))
                 synced = time.monotonic()
         if done != raw.shape[0]:
             raise RuntimeError(f"{source.name} gave {done} images of {raw.shape[0]}")
@@ -213,15 +213,6 @@ def _done(partial: Path, notes: Path, plan: dict[str, Any], row_bytes: int) -> i
     except (OSError, ValueError, KeyError):
         return 0
     return done if noted == plan and size >= done * row_bytes else 0
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never half of it."""
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(text.encode())
-        _sync(file)
-    temporary.replace(path)
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -28,6 +28,16 @@ def data_folder() -> Path:
     return Path(own).absolute() if own else cache_folder() / "data-sets"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, never half of it, also after a power cut."""
+    temporary = path.with_name("." + path.name)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 @contextlib.contextmanager
 def alone(lock: Path, otherwise: str) -> Iterator[None]:
     """Holds the file ``lock``, waiting for who has it; ``otherwise`` is said then. The kernel's: a dead process leaves none."""

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,15 @@ def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]], uri: 
     assert {"leaderboard.json", "best_config.yaml"} <= artifacts
 
 
+def of_real_data(sweep: Sweep) -> Sweep:
+    """The same with the checksum of its data, as ``resume`` wants it."""
+    sweep = replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint})
+    sweep.write()
+    return sweep
+
+
 def make_finished_sweep(storage: Path, name: str) -> Path:
     """A sweep of three made-up trials that has ended, with the checksum of the real data; returns its folder."""
-    sweep = make_sweep(storage, name, trials=3, epochs=3)
-    fingerprint = dataset(sweep.spec).fingerprint
-    sweep = Sweep(sweep.folder, sweep.spec, {**sweep.provenance, "data": fingerprint})
-    sweep.write()
+    sweep = of_real_data(make_sweep(storage, name, trials=3, epochs=3))
     play(Desk(Ledger(sweep), total=3, concurrent=2))
     return sweep.folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import search
-from tests.sweep_process import ROOT, make_finished_sweep
+from tests.sweep_process import ROOT, make_finished_sweep, of_real_data
 from tests.sweep_process import search as call
 from tests.sweeps import epoch_record, make_sweep, new_storage, play
 from tune.desk import Desk
@@ -227,9 +226,7 @@ def test_failed_trials_do_not_count_where_trials_are_fewer(
 ) -> None:
     """As in --trials itself. Two failed and three ended well, of nine: three may be asked for, and two may not."""
     storage = new_storage(tmp_path / "runs", migrated_store)
-    sweep = make_sweep(storage, "fewer", trials=9, epochs=1, scheduler="none")
-    sweep = dataclasses.replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint})
-    sweep.write()
+    sweep = of_real_data(make_sweep(storage, "fewer", trials=9, epochs=1, scheduler="none"))
     desk = Desk(Ledger(sweep), total=9, concurrent=1)
     for number in range(5):
         desk.next(str(number))

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 
 import search
 from tests.postgres import Postgres, dumped
-from tests.sweep_process import end_all, start, wait_until
+from tests.sweep_process import end_all, of_real_data, start, wait_until
 from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, files_with, in_child, kept_lines, made_up, make_sweep, play, stored_trials
 from training.locations import check_writable, names
@@ -32,7 +31,6 @@ from tune.driver import Interruption
 from tune.files import LOCK, PROBE, Unreachable
 from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
-from tune.recipes import dataset
 from tune.report import rows, sweep_lines
 from tune.space import Space
 from tune.spec import Sweep, check_place, make_spec
@@ -459,21 +457,18 @@ def check_whole(sweep: Sweep, trials: int, epochs: int) -> None:
     assert told == [(trial, epoch) for trial in range(trials) for epoch in range(1, epochs + 1)]
 
 
-def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres, tmp_path: Path) -> None:
-    """Three times, as at a crash, at any point of the desk's work: it waits, takes its lock again, and goes on."""
-    home = DatabaseHome(own_server.new_database(), tmp_path)
+def play_while(disturb: Callable[[], None], pause: float, home: DatabaseHome) -> None:
+    """A whole sweep through a desk, under which the server is disturbed three times; then everything is there once."""
     sweep = make_sweep(home, trials=40, epochs=5, scheduler="none")
-    num_restarts, over = 0, threading.Event()
+    num_times, over = 0, threading.Event()
 
-    def restart() -> None:
-        nonlocal num_restarts
-        while not over.wait(0.4) and num_restarts < 3:
-            own_server.stop()
-            time.sleep(0.7)
-            own_server.start()
-            num_restarts += 1
+    def go_on() -> None:
+        nonlocal num_times
+        while not over.wait(pause) and num_times < 3:
+            disturb()
+            num_times += 1
 
-    disturber = threading.Thread(target=restart)
+    disturber = threading.Thread(target=go_on)
     with sweep.files.lock("x"):
         desk = Desk(Ledger(sweep), total=40, concurrent=2)
         disturber.start()
@@ -482,8 +477,19 @@ def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres,
         disturber.join()
         assert DatabaseHome(home.place, None).files("first").running()
     assert desk.problem == ""
-    assert num_restarts == 3
+    assert num_times == 3
     check_whole(sweep, 40, 5)
+
+
+def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres, tmp_path: Path) -> None:
+    """Three times, as at a crash, at any point of the desk's work: it waits, takes its lock again, and goes on."""
+
+    def restart() -> None:
+        own_server.stop()
+        time.sleep(0.7)
+        own_server.start()
+
+    play_while(restart, 0.4, DatabaseHome(own_server.new_database(), tmp_path))
 
 
 def test_a_database_that_stays_away_stops_the_sweep(
@@ -528,7 +534,7 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
     sweep = make_sweep(home, trials=3, epochs=2, scheduler="none")
     if verb == "retrain":
         play(Desk(Ledger(sweep), total=3, concurrent=1))
-    replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint}).write()
+    of_real_data(sweep)
 
     def run(desk: Desk, *rest: object) -> None:
         desk.concurrent = 1

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ import pytest
 
 import search
 from tests.postgres import Postgres
-from tests.sweep_process import PATIENCE, ROOT, STARTED, end_all
+from tests.sweep_process import PATIENCE, ROOT, STARTED, end_all, of_real_data
 from tests.sweeps import epoch_record, made_up, make_sweep, play
-from tests.test_database import check_whole
+from tests.test_database import check_whole, play_while
 from tune import connection as connection_module
 from tune import database as database_module
 from tune.database import Database, DatabaseHome
 from tune.desk import FINISHED, Desk
 from tune.files import Unreachable
 from tune.ledger import Ledger
-from tune.recipes import dataset
 from tune.spec import Sweep
 
 COMMAND = "the command that goes on"
@@ -99,9 +97,7 @@ def test_a_frozen_database_that_thaws_in_time_costs_nothing(
 ) -> None:
     """Some statements are broken off, and carried out all the same when the server goes on."""
     monkeypatch.setattr(connection_module, "SILENT_SECONDS", 0.3)
-    home = DatabaseHome(server.new_database(), tmp_path)
-    sweep = make_sweep(home, trials=40, epochs=5, scheduler="none")
-    num_frozen, num_broken, over = 0, 0, threading.Event()
+    num_broken = 0
     real = connection_module.Connection._heard
 
     def heard(self: connection_module.Connection, gen: Any) -> Any:
@@ -113,25 +109,12 @@ def test_a_frozen_database_that_thaws_in_time_costs_nothing(
             raise
 
     def freeze() -> None:
-        nonlocal num_frozen
-        while not over.wait(0.5) and num_frozen < 3:
-            with server.frozen():
-                time.sleep(0.9)
-            num_frozen += 1
+        with server.frozen():
+            time.sleep(0.9)
 
     monkeypatch.setattr(connection_module.Connection, "_heard", heard)
-    disturber = threading.Thread(target=freeze)
-    with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=40, concurrent=2)
-        disturber.start()
-        play(desk, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
-        over.set()
-        disturber.join()
-        assert DatabaseHome(home.place, None).files("first").running()
-    assert desk.problem == ""
-    assert num_frozen == 3
+    play_while(freeze, 0.5, DatabaseHome(server.new_database(), tmp_path))
     assert num_broken > 0
-    check_whole(sweep, 40, 5)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -142,7 +125,7 @@ def test_a_frozen_database_stops_the_sweep(
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
     home = DatabaseHome(server.new_database(), tmp_path)
     sweep = make_sweep(home, trials=2, epochs=3, scheduler="none")
-    replace(sweep, provenance={**sweep.provenance, "data": dataset(sweep.spec).fingerprint}).write()
+    of_real_data(sweep)
     waited = 0.0
 
     def run(desk: Desk, *rest: object) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import benchmarks.methods
 from training.experiment import Experiment
-from tune.trial import TrialActor
 
 pytestmark = pytest.mark.gpu
 SHARE = 0.4
@@ -27,7 +27,7 @@ def configuration(folder: Path, epochs: int) -> dict[str, str]:
 
 
 def serve(pipe: Connection) -> None:
-    """One actor: takes a trial's configuration or None for "go on", and answers with what the trial reports."""
+    """One actor, whose trial takes more memory where its folder says so."""
     advance = Experiment.advance
 
     def take_more(experiment: Experiment) -> Any:
@@ -37,11 +37,7 @@ def serve(pipe: Connection) -> None:
         return advance(experiment)
 
     Experiment.advance = take_more  # type: ignore[method-assign]
-    actor = TrialActor.__new__(TrialActor)
-    while (config := pipe.recv()) != "end":
-        if config is not None:
-            actor.reset_config(config)
-        pipe.send(actor.step())
+    benchmarks.methods.serve(pipe)
 
 
 class Slot:

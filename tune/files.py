@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from data.folders import write_whole
 from training.locations import Location, Remote, location
 from tune.journal import LineFile, Lines
 
@@ -152,13 +153,7 @@ class FolderFiles(SweepFiles):
             return None
 
     def write(self, name: str, text: str) -> None:
-        path = self.folder / name
-        temporary = path.with_name("." + path.name)
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(self.folder / name, text)
 
     def add_part(self, name: str) -> None:
         (self.folder / name).mkdir(exist_ok=True)
