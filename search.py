@@ -196,7 +196,7 @@ def train(options: argparse.Namespace) -> int:
     if options.config and flags:
         raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
-    prepare(recipe.data, recipe.image_size, download=options.download)
+    prepare(recipe, download=options.download)
     import torch
 
     from training.experiment import Experiment
