@@ -46,6 +46,8 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> Non
         shown = f" (default: {default})" if isinstance(default, (int, float)) and default else ""
         if name in ("set", "range"):
             parser.add_argument(flag, action="append", metavar="NAME=...", help=meaning)
+        elif FIELDS[name].type == "bool":
+            parser.add_argument(flag, action="store_const", const="true", help=meaning)
         else:
             parser.add_argument(flag, metavar=name.split("_")[0].upper(), help=meaning + shown)
 

@@ -134,6 +134,11 @@ def read_field(name: str, value: object, *, stored: bool = False) -> Any:
     if name == "method":
         words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
         return tuple(dict.fromkeys(words))
+    if declared.type == "bool":
+        word = str(value).strip().lower()
+        if word not in ("true", "false"):
+            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
+        return word == "true"
     kind = {"int": int, "float": float, "str": str}[str(declared.type)]
     try:
         result = kind(str(value).strip())
