@@ -53,7 +53,7 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> Non
 
 
 def build_parser() -> Parser:
-    from tune.spec import EXECUTION, FIELDS
+    from tune.spec import EXECUTION, FIELDS, READING
 
     parser = Parser(
         prog="search.py",
@@ -91,7 +91,7 @@ def build_parser() -> Parser:
     sub = add("train", "one run, without Ray: a best_config.yaml, or a method and its values", named=False)
     sub.add_argument("config", nargs="?", metavar="best_config.yaml", help="a configuration that a sweep wrote")
     sub.add_argument("--download", action="store_true", help=DOWNLOAD)
-    train_flags = ["method", "data", "image_size", "noise", "model", "precision", "compile", "epochs", "trusted", "seed", "set"]
+    train_flags = ["method", "data", *READING, "noise", "model", "precision", "compile", "epochs", "trusted", "seed", "set"]
     add_spec_flags(sub, train_flags)
     add("list", "the sweeps in the storage", named=False)
     add("stop", "stop a running sweep, as Ctrl-C does")

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.cache import Table, same_table
+from data.cache import same_table
 from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, report
+from data.remarks import remarks
 from data.seeds import generator
 from data.sources import TEST, TRAIN, VALIDATION, Options, Source, find_source
 from data.table import Labelled, TrainData
+from data.table_file import Table
+
+
+def newer(default: Any) -> Any:
+    """A field that the first sweeps did not have: a recipe's fingerprint leaves it out where it has its default."""
+    return field(default=default, metadata={"newer": True})
+
+
+LEFT_OUT = -1  # beside TRAIN, VALIDATION and TEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +47,22 @@ class DataSpec:
     validation_fraction: float = 0.3
     trusted: int = 0  # samples with clean labels, taken from the training set
     image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
+    resize: str = newer("")
+    background: str = newer("")
+    skip_damaged: bool = newer(False)
+    follow_links: bool = newer(False)
     table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
 
     def options(self, *, download: bool = False) -> Options:
         """How the source reads its files."""
-        return Options(image_size=self.image_size, download=download)
+        return Options(
+            image_size=self.image_size,
+            resize=self.resize,
+            background=self.background,
+            skip_damaged=self.skip_damaged,
+            follow_links=self.follow_links,
+            download=download,
+        )
 
     def source(self, *, download: bool = False) -> Source:
         """Where the images and labels come from. ValueError for a name or an argument that means nothing."""
@@ -53,14 +75,9 @@ class DataSpec:
         return cls(**{name: getattr(other, name) for name in names if hasattr(other, name)})
 
 
-def newer(default: Any) -> Any:
-    """A field that the first sweeps did not have: a recipe's fingerprint leaves it out where it has its default."""
-    return field(default=default, metadata={"newer": True})
-
-
 @dataclass(frozen=True)
 class Split:
-    """Which rows of the source went where: int64, ascending, disjoint, together every row."""
+    """Which rows of the source went where: int64, ascending, disjoint, together every row that is not damaged."""
 
     train: Tensor
     validation: Tensor
@@ -84,6 +101,8 @@ class Dataset:
     classes: tuple[str, ...]  # their names; empty where they have none
     source: Source
     checksum: str  # sha256 of the source's images and labels
+    damage: Mapping[int, str]  # rows of the source that are left out, and why
+    remarks: tuple[str, ...]  # what a user should know of the source's files
     noise: NoiseReport | None  # over training and validation together; None where the truth is not known
     split: Split
 
@@ -139,6 +158,8 @@ def load(spec: DataSpec, *, test_fraction: float = 0.2) -> Dataset:
         classes=table.classes,
         source=source,
         checksum=table.checksum,
+        damage=table.damage,
+        remarks=tuple(remarks(table)),
         noise=report(truth[rest], labels[rest], table.num_classes) if known else None,
         split=split,
     )
@@ -165,6 +186,8 @@ def _split(source: Source, table: Table, seed: int, validation_fraction: float, 
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction: {test_fraction!r} is not allowed; it must be a number in [0, 1)")
     own = torch.full((len(table.images),), TRAIN) if table.split is None else table.split
+    own = own.clone()
+    own[list(table.damage)] = LEFT_OUT
     test, validation, free = ((own == part).nonzero().squeeze(1) for part in (TEST, VALIDATION, TRAIN))
     known = table.truth is not None and bool((table.truth[free] >= 0).all())
     num_test = 0 if len(test) or not known else round(test_fraction * len(free))

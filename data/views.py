@@ -79,25 +79,29 @@ def _flip_crop(normalise: View, image_size: int, input_size: int) -> tuple[View,
 
 
 def _imagenet(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
-    """For photographs that are stored larger than the network's input.
+    """For photographs that are stored larger than the network's input, and whose left may be their right.
 
     Plain: the middle. Weak: any part of that size, flipped or not. Strong: a part of 0.2 to 1 of the area and width 3/4 to 4/3
     of height, resized, flipped or not; with probability 0.8 brightness, contrast and saturation times 0.6..1.4 and hue turned
     by up to a tenth; grey with probability 0.2.
     """
+    return _photographs(normalise, image_size, input_size, augment.flip)
+
+
+def _photographs(normalise: View, image_size: int, input_size: int, mirrored: View) -> tuple[View, View, View]:
     if input_size > image_size:
         raise ValueError(
-            f"views 'imagenet' cut {input_size} pixels from images of {image_size}; at most {image_size} are there"
+            f"views crop and imagenet cut {input_size} pixels from images of {image_size}; at most {image_size} are there"
         )
 
     def plain(images: Tensor) -> Tensor:
         return normalise(augment.centre_crop(images, input_size))
 
     def weak(images: Tensor) -> Tensor:
-        return normalise(augment.flip(augment.crop(images, input_size, input_size)))
+        return normalise(mirrored(augment.crop(images, input_size, input_size)))
 
     def strong(images: Tensor) -> Tensor:
-        parts = augment.flip(augment.resized_crop(images, input_size, scale=(0.2, 1.0)))
+        parts = mirrored(augment.resized_crop(images, input_size, scale=(0.2, 1.0)))
         return normalise(augment.grey(augment.colour_jitter(parts, (0.4, 0.4, 0.4, 0.1), probability=0.8), probability=0.2))
 
     return plain, weak, strong
@@ -108,8 +112,20 @@ def _keeps_size(kind: str, image_size: int, input_size: int) -> None:
         raise ValueError(f"views {kind!r} keep the size of images, {image_size}; input_size is {input_size}")
 
 
+def _crop(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
+    """As ``imagenet``, but no image is seen in a mirror, as arrows, signs and writing must not be."""
+    return _photographs(normalise, image_size, input_size, lambda images: images)
+
+
+SAID_OF_VIEWS = {
+    "shift": "images are moved a little, never mirrored (flip-crop mirrors, for images whose left may be their right)",
+    "flip-crop": "images are moved a little, and mirrored every other time (shift never mirrors, for digits, signs, writing)",
+    "crop": "parts of images, never mirrored (imagenet mirrors, for images whose left may be their right)",
+    "imagenet": "parts of images, mirrored every other time (crop never mirrors, for arrows, signs, writing)",
+}
 VIEWS: dict[str, Callable[[View, int, int], tuple[View, View, View]]] = {
     "shift": _shift,
     "flip-crop": _flip_crop,
+    "crop": _crop,
     "imagenet": _imagenet,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from data.table import Batch, TrainData
+from data.views import VIEWS
 from hparams import hyperparameter
 from models.network import Network
 
@@ -66,6 +67,9 @@ class Config:
     batch_size: int = hyperparameter(128, "images in a batch", legal="[2, 2147483647]")
     dropout: float = hyperparameter(0.0, "probability of dropping a feature before the head", legal="[0, 1)")
     augmentation: str = hyperparameter("weak", "which view of an image is trained on", choices=("none", "weak", "strong"))
+    views: str = hyperparameter(
+        "auto", "how images are changed in the weak and the strong view (auto: as suits the data set)", choices=("auto", *VIEWS)
+    )
 
     def begins(self) -> float:
         """The fraction of the budget at which the method proper starts; before it, trials are not comparable."""

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.cache import open_table
 from data.sources import TEST, TRAIN, Options, RawTable, Source, find_source
 
 
@@ -19,16 +20,21 @@ def save(path: Path, red: int, size: tuple[int, int]) -> None:
 
 
 def reds(table: RawTable) -> list[int]:
-    return torch.cat(list(table.blocks(0)))[:, 0, 0, 0].tolist()
+    return torch.cat([block.images for block in table.blocks(range(table.shape[0]))])[:, 0, 0, 0].tolist()
 
 
 def find(data: str, root: Path) -> Source:
     return find_source(data, Options(root=root))
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOISY_LABEL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def refused(data: str, root: Path, match: str) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        list(find(data, root).build().blocks(0))
+        open_table(find(data, root), fresh=True)
     assert "\n" not in str(caught.value)
 
 

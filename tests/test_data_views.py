@@ -237,7 +237,7 @@ def test_every_kind_takes_any_size_and_number_of_channels(kind: str, size: int, 
 
 
 def test_what_cannot_be_made_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'flipped'; known are shift, flip-crop, imagenet"):
+    with pytest.raises(ValueError, match=r"'flipped'; known are shift, flip-crop, crop, imagenet"):
         make_views(MEAN, STD, 8, "flipped")
     for kind in ("shift", "flip-crop"):
         with pytest.raises(ValueError, match=rf"'{kind}' keep the size of images, 8; input_size is 6"):
@@ -253,3 +253,24 @@ def test_a_channel_that_never_changes_is_zero() -> None:
     plain, weak, strong = make_views([0.5, 7 / 255], [0.25, 0.0], 8)
     assert bool((plain(images)[:, 1].abs() < 1e-6).all())
     assert all(bool(view(images).isfinite().all()) for view in (weak, strong))
+
+
+@pytest.mark.parametrize(("kind", "input_size"), [("shift", 16), ("crop", 12)])
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_what_never_mirrors_leaves_an_arrow_its_direction(kind: str, input_size: int, view: str) -> None:
+    """Brighter to the right before is brighter to the right after, in each of a thousand draws; their twins mirror half."""
+    ramp = torch.arange(16, dtype=torch.uint8).mul(12).add(40).expand(1000, 3, 16, 16)
+
+    def share_to_the_right(kind: str) -> float:
+        seen = make_views((0.5,) * 3, (0.2,) * 3, 16, kind, input_size)[("plain", "weak", "strong").index(view)](ramp)
+        places = torch.arange(input_size) - (input_size - 1) / 2
+        # the middle rows and columns, in which nothing has moved in; an erased square is level
+        inner = seen.mean(dim=1)[:, :, 4:-4] if kind in ("shift", "flip-crop") else seen.mean(dim=1)
+        places = places[4:-4] if kind in ("shift", "flip-crop") else places
+        slope = (inner - inner.mean(dim=2, keepdim=True)).mul(places).sum(dim=(1, 2))
+        return float((slope > 0).double().mean())
+
+    torch.manual_seed(0)
+    twin = {"shift": "flip-crop", "crop": "imagenet"}[kind]
+    assert share_to_the_right(kind) == 1.0
+    assert 0.4 < share_to_the_right(twin) < 0.6

@@ -132,7 +132,8 @@ class Experiment:
         config = build(method_class.Config, recipe.values)
         channels, size = dataset.input_shape
         stored_size = dataset.train.images.shape[2]
-        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size, dataset.source.views, size)
+        views = dataset.source.views if config.views == "auto" else config.views
+        plain, weak, strong = make_views(dataset.mean, dataset.std, stored_size, views, size)
 
         def make_net(num_classes: int | None = None) -> Network:
             network = make_model(

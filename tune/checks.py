@@ -13,9 +13,11 @@ import urllib.request
 from pathlib import Path
 
 from data.dataset import Dataset
+from data.views import make_views
 from models import make_model
 from training.locations import AT, Credentials, Location, check_writable
 from tune.cluster import address_of
+from tune.space import Space
 from tune.spec import SweepSpec
 from tune.tracker import quiet
 
@@ -66,6 +68,13 @@ def check_network(spec: SweepSpec, dataset: Dataset) -> None:
     """ValueError where the network does not take such images, or its pretrained weights cannot be had."""
     channels, side = dataset.input_shape
     make_model(spec.model, in_channels=channels, image_size=side, num_classes=dataset.num_classes, dropout=0.0)
+
+
+def check_views(space: Space, dataset: Dataset) -> None:
+    """ValueError where a trial could draw views that cannot be made of such images."""
+    _, side = dataset.input_shape
+    for name in space.views() - {"auto"}:
+        make_views(dataset.mean, dataset.std, dataset.train.images.shape[2], name, side)
 
 
 def check_compiler(compiled: str, device: str) -> None:

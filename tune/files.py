@@ -27,6 +27,7 @@ from tune.journal import LineFile, Lines
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
 NOISE = "noise.json"  # rate, matrix and checksum of the noise that the labels hold, where the clean ones are known
+DAMAGED = "damaged.txt"  # images that are left out, with the reason
 LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
 STOP_REQUEST = "stop"  # by which another process asks the driver to stop
 PROBE = ".probe"  # in the sweep's folder, while a cluster's nodes are asked whether they see it

@@ -71,5 +71,5 @@ def from_yaml(path: Path) -> Recipe:
         values[name] = known[name].parse(value)
     method, table = str(content.pop("method")), str(content.pop("table", ""))
     held = {name: read_field(name, value) for name, value in content.items()}
-    make_spec({**held, "method": (method,)})
+    make_spec({**held, "method": (method,)}, stored=True)
     return Recipe(method=method, values=values, table=table, **held)

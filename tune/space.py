@@ -146,6 +146,15 @@ class Space:
             return False
         return True
 
+    def views(self) -> set[str]:
+        """The views that a trial may have."""
+        found: set[str] = set()
+        for parameters in self.parameters.values():
+            for parameter in parameters:
+                if parameter.field == "views":
+                    found |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
+        return found
+
     def defaults(self, method: str, spec: SweepSpec) -> tuple[dict[str, Value], list[str]]:
         """The parameters of the published configuration, moved to the nearest bound where a range excludes it, and a
         line for each that was moved."""

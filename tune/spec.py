@@ -15,6 +15,7 @@ import yaml
 from data.dataset import DataSpec
 from data.noise import parse_noise
 from data.sources import Source
+from data.views import VIEWS
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
@@ -41,7 +42,12 @@ class SweepSpec:
 
     method: tuple[str, ...] = option(("alr",), "methods, separated by commas, or all")
     data: str = option("digits", "data set: digits, manifest:FILE.csv, folder:PATH, cifar10, cifar10n:worst, ... (see README)")
-    image_size: int = option(0, "side in pixels of a user's images (default: by the first, at most 224)", "[0, 4096]")
+    image_size: int = option(0, "side in pixels of a user's images (default: by their median, at most 224)", "[0, 4096]")
+    resize: str = option("", "of a user's images: crop (the middle square, the default), squash or pad")
+    background: str = option("", "colour that transparency and padding of a user's images show (default: white)")
+    skip_damaged: bool = option(False, "leave out images that cannot be read; the sweep's folder lists them")
+    follow_links: bool = option(False, "a user's images may be links that lead out of their folder")
+    views: str = option("", "how images are changed: shift or flip-crop, of large ones crop or imagenet (default: by data set)")
     noise: str = option(
         "",
         "none, symmetric:RATE[:include-true], asymmetric:RATE[:MAP or FROM>TO,...], pair:RATE or instance:RATE"
@@ -101,7 +107,8 @@ class SweepSpec:
 
     def source_defaults(self) -> dict[str, Value]:
         """Config values that the data set brings, for the fields that every method has."""
-        return {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
+        found = {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
+        return {**found, "views": self.views} if self.views else found
 
     def source(self) -> Source:
         """Where its data come from."""
@@ -109,6 +116,7 @@ class SweepSpec:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
+READING = ("image_size", "resize", "background", "skip_damaged", "follow_links", "views")  # of images
 EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
@@ -180,8 +188,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key: read_field(key, value) for key, value in content.items()}
 
 
-def make_spec(values: Mapping[str, Any]) -> SweepSpec:
-    """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong."""
+def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
+    """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong.
+
+    What a record does not say that is ``stored`` is what was done before it could be said: its views stay "auto".
+    """
     spec = SweepSpec(**values)
     if spec.method == ("all",):
         fitting = [name for name, method in METHODS.items() if spec.trusted or not method.needs_trusted]
@@ -190,12 +201,16 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
         if find_method(name).needs_trusted and not spec.trusted:
             raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
     source = spec.source()
-    if spec.image_size and not source.image_size:
-        raise ValueError(f"--image-size: {spec.image_size} is not allowed; images of {spec.data} have a size of their own")
+    if not source.image_size:
+        for name in ("image_size", "resize", "background", "follow_links"):
+            if value := getattr(spec, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
     noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
     model = spec.model or str(source.defaults["model"])
     for name, value, known in (
         ("model", model, list(MODELS)),
+        ("views", spec.views, ["", *VIEWS]),
         ("precision", spec.precision, ["auto", "float32", "bfloat16"]),
         ("compile", spec.compile, ["off", "on"]),
         ("sampler", spec.sampler, ["tpe", "random"]),
@@ -207,7 +222,8 @@ def make_spec(values: Mapping[str, Any]) -> SweepSpec:
         raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
         raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
-    return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model)
+    views = spec.views if stored else spec.views or source.launch_views or source.views
+    return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
 
 
 @dataclass(frozen=True)
@@ -257,7 +273,7 @@ class Sweep:
                 raise ValueError(f"no sweep {name!r} in {home.place}; there are: {', '.join(home.names()) or 'none'}")
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
-            spec = make_spec({name: read_field(name, value, stored=True) for name, value in fields})
+            spec = make_spec({name: read_field(name, value, stored=True) for name, value in fields}, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
                 raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")

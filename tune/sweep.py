@@ -21,15 +21,26 @@ from optuna.trial import TrialState
 
 from data.dataset import Dataset
 from data.noise import NoiseReport, parse_noise
+from data.views import SAID_OF_VIEWS
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import NoAnswer, check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
+from tune.checks import (
+    NoAnswer,
+    check_compiler,
+    check_network,
+    check_resources,
+    check_storage,
+    check_tracking,
+    check_views,
+    clean,
+    num_gpus,
+)
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
 from tune.driver import Interruption
-from tune.files import LOCK, NOISE, RECORD, Home, as_home, held
+from tune.files import DAMAGED, LOCK, NOISE, RECORD, Home, as_home, held
 from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
@@ -113,6 +124,7 @@ def launch(
     check_tracking(tracking_uri(home.storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
+    check_views(space, dataset)
     if not address_of(spec):
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in [*describe(spec, space, dataset), *warm.lines]:
@@ -132,6 +144,8 @@ def launch(
                 ledger.enqueue(params)
             for line in moved:
                 print(line)
+        if dataset.damage:
+            files.write(DAMAGED, "".join(f"{reason}\n" for reason in dataset.damage.values()))
         if dataset.noise:
             files.write(NOISE, noise_text(spec, dataset, dataset.noise))
         sweep.write()
@@ -150,6 +164,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     channels, side = dataset.input_shape
     shape = f"{dataset.num_classes} classes, images of {side} x {side} x {channels}"
     lines = [f"data {spec.data}: {shape}; {sizes}", f"noise {spec.noise} (seed {spec.noise_seed}){noise}; network {spec.model}"]
+    lines[1:1] = dataset.remarks
     mapping = parse_noise(spec.noise).completed(dataset.source.maps).numbered(dataset.classes).mapping
     if mapping and dataset.classes:
         flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
@@ -166,6 +181,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
         lines.append(
             f"without {', '.join(sorted(left_out))}, which also learns from clean labels: give their number with --trusted"
         )
+    lines += views_lines(space, dataset)
     for method in spec.method:
         parameters = space.parameters[method]
         drawn = [f"{parameter.field} {parameter.range}" for parameter in parameters if parameter.range]
@@ -179,6 +195,13 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
         elif unjudged:
             lines.append(f"{method} can begin as late as epoch {begins}: rungs up to then do not judge such a trial")
     return lines
+
+
+def views_lines(space: Space, dataset: Dataset) -> list[str]:
+    """How images are changed, and where that is not for every kind of image."""
+    drawn = space.views()
+    said = "; ".join(f"{name}: {SAID_OF_VIEWS[name if name != 'auto' else dataset.source.views]}" for name in sorted(drawn))
+    return [f"views {said}"]
 
 
 def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:
@@ -210,7 +233,8 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     before, now = sweep.provenance["commit"], _commit()
     if before != now and "unknown" not in (before, now):
         print(f"{name!r} was launched with version {before} of this program, this is {now}; methods and ranges may differ")
-    spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
+    tracking = clean(changes.get("tracking", sweep.spec.tracking))
+    spec = make_spec({**vars(sweep.spec), **changes, "tracking": tracking}, stored=True)
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
-import struct
-import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.readers.base import TEST, TRAIN, RawTable
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")  # published .jpg files may be any of these; no format that runs programs
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
-BLOCK_BYTES = 2**22
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large, it is an error
+from data.readers.base import BLOCK_BYTES, TEST, TRAIN, Block, RawTable
+from data.readers.pixels import DamagedImageError, Decoding, Flag, decode, suffixes, survey
 
 
 @dataclass(frozen=True)
@@ -37,29 +30,59 @@ class Listing:
     given: Tensor
     split: Tensor | None = None
     truth: Tensor | None = None  # -1 where not known
-    ignored: int = 0  # files in the folder that are no images
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, see RawTable
 
     @property
     def paths(self) -> list[str]:
         return [os.path.join(self.folder, name) for name in self.names]
 
-    def table(self, channels: int, size: int) -> RawTable:
-        """Decoded to squares of ``size`` pixels a side with 1 or 3 channels. A test row's label is its clean label, where no
-        other is known; ValueError where there are no training images."""
+    def decoding(self, size: int, resize: str = "", background: str = "") -> Decoding:
+        """The one rule by which all files become squares of ``size`` pixels a side."""
+        channels, bits = survey(self.paths)
+        return Decoding(channels, size, resize or "crop", background or "white", bits)
+
+    def table(self, how: Decoding) -> RawTable:
+        """A test row's label is its clean label, where no other is known. ValueError where there are no training images."""
         split = torch.zeros_like(self.given) if self.split is None else self.split
         if not bool((split == TRAIN).any()):
             raise ValueError(f"{self.folder} holds no training images")
         truth = torch.full_like(self.given, -1) if self.truth is None else self.truth
         truth = torch.where((split == TEST) & (truth < 0), self.given, truth)
         return RawTable(
-            (len(self.names), channels, size, size),
-            functools.partial(read_blocks, self.paths, channels, size),
+            (len(self.names), how.channels, how.size, how.size),
+            functools.partial(read_blocks, self.paths, how),
             len(self.classes),
             truth if bool((truth >= 0).any()) else None,
             self.given,
             self.split,
             self.classes,
+            keys=self.keys(),
+            rule=how.rule,
+            reading=vars(how),
+            left_out=self.left_out,
         )
+
+    def keys(self) -> Tensor:
+        """One number for each file: of its name, size and time of change."""
+        digests = (hashlib.blake2b(line, digest_size=8).digest() for line in self.states())
+        return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+
+    def states(self) -> Iterator[bytes]:
+        """Name, size and time of change of each file. OSError where one is gone."""
+        for name, path in zip(self.names, self.paths, strict=True):
+            status = os.stat(path)
+            yield os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n")
+
+
+def count_suffixes(files: Sequence[Path]) -> Counter[str]:
+    """How many there are of each suffix."""
+    return Counter(file.suffix.lower() or "without a suffix" for file in files)
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """``3 .txt, 1 .db``, the most first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {what}" for what, number in ordered)
 
 
 @contextlib.contextmanager
@@ -92,7 +115,8 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 
 def is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
+    """Whether its name ends as that of an image that Pillow reads."""
+    return path.suffix.lower() in suffixes()
 
 
 def is_inside(name: str) -> bool:
@@ -108,65 +132,14 @@ def check_files(folder: Path, names: Sequence[str], listed_in: object) -> None:
         raise ValueError(f"{listed_in}: {missing[0]} is missing in {folder}{more}")
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """An image file. ValueError with its name where it cannot be opened, or is damaged where it is used."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-    except DAMAGE as error:
-        unknown = f"it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
-        reason = unknown if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise ValueError(f"image {path} cannot be read ({reason})") from error
-
-
-def shorter_side(path: str) -> int:
-    """Of an image, in pixels; reads no more than its head."""
-    with _opened(path) as image:
-        return min(image.size)
-
-
-def count_channels(paths: Sequence[str]) -> int:
-    """1 where all images are in greyscale, else 3; heads are read up to the first image in colour."""
-    return 1 if all(map(_is_grey, paths)) else 3
-
-
-def _is_grey(path: str) -> bool:
-    with _opened(path) as image:
-        return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-
-
-def decode(path: str, channels: int, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """The middle square of an image, brought to ``size`` pixels a side: uint8 [H, W], or [H, W, 3].
-
-    The same as the shorter side resized (bilinear, antialiased) and then a centre crop, and nothing where the image has that
-    size. A JPEG of four times the size or more is decoded at a half, a quarter or an eighth. Transparency is dropped, the upper
-    8 of 16 bits of grey stay, and rotation noted in the file is not applied (as in torchvision's ImageFolder). ValueError with
-    the file's name where it is damaged.
-    """
-    mode = "L" if channels == 1 else "RGB"
-    with _opened(path) as image:
-        image.draft(None, (2 * size, 2 * size))
-        plain: Image.Image = image
-        if image.mode.startswith("I"):
-            plain = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if plain.mode != mode:
-            plain = plain.convert(mode)
-        if plain.size != (size, size):
-            left, top = (max(one - other, 0) / 2 for one, other in (plain.size, plain.size[::-1]))
-            box = (left, top, plain.width - left, plain.height - top)
-            plain = plain.resize((size, size), Image.Resampling.BILINEAR, box)
-        return np.asarray(plain)
-
-
-def read_blocks(paths: Sequence[str], channels: int, size: int, start: int) -> Iterator[Tensor]:
-    """The images from row ``start`` on, uint8 [b, channels, size, size] of about 4 MB. At most two blocks per core wait."""
-    rows = max(1, min(512, BLOCK_BYTES // (channels * size * size)))
+def read_blocks(paths: Sequence[str], how: Decoding, rows: Sequence[int]) -> Iterator[Block]:
+    """The images of ``rows``, about 4 MB at a time. At most two blocks per core wait."""
+    num_rows = max(1, min(512, BLOCK_BYTES // (how.channels * how.size * how.size)))
     workers = os.cpu_count() or 1
-    pool, waiting = ThreadPoolExecutor(workers), deque[Future[Tensor]]()
+    pool, waiting = ThreadPoolExecutor(workers), deque[Future[Block]]()
     try:
-        for first in range(start, len(paths), rows):
-            waiting.append(pool.submit(_read_block, paths[first : first + rows], channels, size))
+        for first in range(0, len(rows), num_rows):
+            waiting.append(pool.submit(_read_block, paths, how, rows[first : first + num_rows]))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -175,8 +148,17 @@ def read_blocks(paths: Sequence[str], channels: int, size: int, start: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _read_block(paths: Sequence[str], channels: int, size: int) -> Tensor:
-    images = np.empty((len(paths), channels, size, size), np.uint8)
-    for image, path in zip(images, paths, strict=True):
-        image[...] = np.moveaxis(decode(path, channels, size).reshape(size, size, channels), 2, 0)
-    return torch.from_numpy(images)
+def _read_block(paths: Sequence[str], how: Decoding, rows: Sequence[int]) -> Block:
+    images = np.zeros((len(rows), how.channels, how.size, how.size), np.uint8)
+    facts = np.zeros((len(rows), 3), np.int64)
+    damage: dict[int, str] = {}
+    for image, fact, row in zip(images, facts, rows, strict=True):
+        try:
+            picture = decode(paths[row], how)
+        except DamagedImageError as error:
+            fact[2] = Flag.DAMAGED
+            damage[row] = str(error)
+            continue
+        image[...] = np.moveaxis(picture.pixels.reshape(how.size, how.size, how.channels), 2, 0)
+        fact[...] = picture.width, picture.height, picture.flags
+    return Block(torch.from_numpy(images), torch.from_numpy(facts), damage)

@@ -6,11 +6,11 @@ import csv
 import difflib
 import functools
 import hashlib
-import logging
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,35 +20,35 @@ import torch
 from data.noise import label_bytes
 from data.readers.base import TEST, TRAIN, VALIDATION, Options, RawTable, Source
 from data.readers.images import (
-    SUFFIXES,
     Listing,
     check_files,
-    count_channels,
+    count_suffixes,
     entries,
     files_under,
+    in_words,
     is_image,
     is_inside,
     reading,
-    shorter_side,
 )
+from data.readers.pixels import RESIZES, read_colour, shorter_side
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
 SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
 COLUMNS = ("path", "label", "truth", "split")
+LARGEST = 224  # side of images, unless more is asked for
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 WHOLE = re.compile(r"-?[0-9]{1,18}")
-log = logging.getLogger(__name__)
 
 
 def folder(argument: str, options: Options) -> Source:
     """``folder:PATH``: one folder per class, whose sorted names are the classes, with images in it or in folders within it.
 
     Where the folders at the top are train, val, validation or test, in any case, these are the split, and the classes are
-    those of train. Hidden files are left out, and so are files that are no images, with a line that says how many. The
+    those of train. Hidden files are left out, and so are files that are no images, which are counted by their suffix. The
     labels are given labels; those of test are clean, too. ValueError where a class is empty or in test only.
     """
     path = _path("folder", argument, "PATH")
-    return _source("folder", path, path, lambda: _first_in_folder(path), lambda: _read_folder(path), options)
+    return _source("folder", path, lambda: _read_folder(path, options), options)
 
 
 def manifest(argument: str, options: Options) -> Source:
@@ -59,7 +59,7 @@ def manifest(argument: str, options: Options) -> Source:
     or test; the label of a test row is its clean label where it has no truth. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
-    return _source("manifest", path, path.parent, lambda: _first_in_manifest(path), lambda: _read_manifest(path), options)
+    return _source("manifest", path, lambda: _read_manifest(path, options), options)
 
 
 def _path(kind: str, argument: str, form: str) -> Path:
@@ -68,63 +68,61 @@ def _path(kind: str, argument: str, form: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(argument)))
 
 
-def _source(
-    kind: str, path: Path, top: Path, first: Callable[[], str], read: Callable[[], Listing], options: Options
-) -> Source:
-    """What both have in common; ``first`` is the first image, within ``top``, which is asked for where no size is given."""
+def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options) -> Source:
+    """What both have in common. ``read`` lists the files anew each time; ValueError where they are none of a data set."""
     name = f"{kind}:{path}"
-
-    def there() -> None:
-        if not (path.is_file() if kind == "manifest" else path.is_dir()):
-            raise ValueError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")
-
-    if not options.image_size:
-        there()
-    with reading(f"data set {name}"):
-        size = options.image_size or min(224, shorter_side(os.path.join(top, first())))
-    cropped = size > LARGEST_SMALL
-    stored = math.ceil(8 * size / 7) if cropped else size  # 256 for 224, as is usual for ImageNet
+    resize, background = options.resize or "crop", options.background or "white"
+    if resize not in RESIZES:
+        raise ValueError(f"--resize: {resize!r} is not allowed; it must be one of {', '.join(RESIZES)}")
+    read_colour(background)
 
     def listing() -> Listing:
-        there()
+        if not (path.is_file() if kind == "manifest" else path.is_dir()):
+            raise ValueError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")
         with reading(f"data set {name}"):
             found = read()
         if len(found.classes) < 2:
             raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
         return found
 
+    with reading(f"data set {name}"):
+        size = options.image_size or min(LARGEST, shorter_side(listing().paths))
+    large = size > LARGEST_SMALL
+    cropped = large and resize == "crop"
+    stored = math.ceil(8 * size / 7) if cropped else size  # 256 for 224, as is usual for ImageNet
+
     def build() -> RawTable:
-        found = listing()
-        if found.ignored:
-            log.warning("data set %s: files that are no images are left out: %d", name, found.ignored)
-        return found.table(count_channels(found.paths), stored)
+        return (found := listing()).table(found.decoding(stored, resize, background))
 
     def stamp() -> str:
         found = listing()
-        digest = hashlib.sha256(repr(found.classes).encode())
+        digest = hashlib.sha256(repr((found.classes, sorted(found.left_out.items()))).encode())
         with reading(f"data set {name}"):
-            for image, status in ((image, os.stat(os.path.join(top, image))) for image in found.names):
-                digest.update(os.fsencode(f"{image} {status.st_size} {status.st_mtime_ns}\n"))
+            for state in found.states():
+                digest.update(state)
         for column in (found.given, found.truth, found.split):
             digest.update(b"|" if column is None else label_bytes(column))
         return digest.hexdigest()
 
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem)[:40]
+    rule = f"{path} {size} {resize} {background}"
     return Source(
         name,
-        f"{kind}-{stem}-{hashlib.sha256(os.fsencode(f'{path} {size}')).hexdigest()[:8]}",
+        f"{kind}-{stem}-{hashlib.sha256(os.fsencode(rule)).hexdigest()[:8]}",
         build,
         defaults={
             "noise": "none",
-            "model": "resnet50-imagenet" if cropped else "small-cnn",
+            "model": "resnet50-imagenet" if large else "small-cnn",
             "batch_size": 128,
             "augmentation": "weak",
         },
         stream=kind,
         stamp=stamp,
         views="imagenet" if cropped else "flip-crop",
+        launch_views="crop" if cropped else "shift",  # whether left and right mean the same is for the user to say
         input_size=size if cropped else 0,
         image_size=size,
+        skip_damaged=options.skip_damaged,
     )
 
 
@@ -148,26 +146,26 @@ def _parts(path: Path) -> list[tuple[int, Path]]:
     return parts
 
 
-def _first_in_folder(path: Path) -> str:
-    _, part = _parts(path)[0]
-    for below in entries(part)[0]:
-        return str(_images(below)[0][0].relative_to(path))
-    raise ValueError(f"folder {part} has no class folders; one per class is needed")
-
-
-def _images(path: Path) -> tuple[list[Path], int]:
-    """The images of a class, and how many other files there are."""
+def _images(path: Path) -> tuple[list[Path], Counter[str]]:
+    """The images of a class, and how many other files there are of each suffix."""
     files = list(files_under(path))
     images = [file for file in files if is_image(file)]
+    others = count_suffixes([file for file in files if not is_image(file)])
     if not images:
-        raise ValueError(f"class folder {path} holds no images ({', '.join(SUFFIXES)})")
-    return images, len(files) - len(images)
+        held = f"it holds {in_words(others)}" if others else "it is empty"
+        raise ValueError(f"class folder {path} holds no images that Pillow reads; {held}")
+    return images, others
 
 
-def _read_folder(path: Path) -> Listing:
+def _read_folder(path: Path, options: Options) -> Listing:
     parts = _parts(path)
     classes = tuple(below.name for below in entries(parts[0][1])[0])
-    ignored = sum(len(entries(part)[1]) for part in {path, *(part for _, part in parts)})
+    if not classes:
+        raise ValueError(f"folder {parts[0][1]} has no class folders; one per class is needed")
+    left_out: Counter[str] = Counter()
+    for part in sorted({path, *(part for _, part in parts)}):
+        for suffix, number in count_suffixes(entries(part)[1]).items():
+            left_out[f"{suffix} in no class folder"] += number
     names: list[str] = []
     labels: list[int] = []
     split: list[int] = []
@@ -179,13 +177,13 @@ def _read_folder(path: Path) -> Listing:
             names += [str(image.relative_to(path)) for image in images]
             labels += [classes.index(below.name)] * len(images)
             split += [kind] * len(images)
-            ignored += others
+            left_out += others
     check_files(path, names, f"folder {path}")  # a link may lead nowhere
     real = functools.cache(os.path.realpath)
     for name in names:
-        _check_path(path, real, name, f"folder {path}")
+        _check_path(path, real, name, f"folder {path}", options)
     is_split = parts != [(TRAIN, path)]
-    return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, ignored=ignored)
+    return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, left_out=left_out)
 
 
 # --- a list in a CSV file ---------------------------------------------------------------------------------------------------
@@ -243,33 +241,30 @@ def _hint(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _first_in_manifest(path: Path) -> str:
-    for row in _rows(path):
-        _check_path(path.parent, os.path.realpath, row.path, _at(path, row.line))
-        return row.path
-    raise ValueError(f"manifest {path} has no rows")
-
-
-def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str) -> None:
-    """ValueError where an image is not in ``top``, with links followed; ``real`` is os.path.realpath."""
+def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str, options: Options) -> None:
+    """ValueError where an image is not in ``top``, with links followed unless they may lead out; ``real`` is
+    os.path.realpath."""
     if is_inside(name):
+        if options.follow_links:
+            return
         parent, base = os.path.split(os.path.join(top, name))
         path = os.path.join(real(parent), base)
         if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
             return
     if os.path.isabs(name):
         raise ValueError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
-    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder")
+    more = " (links that lead out of it: --follow-links)" if is_inside(name) else ""
+    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder{more}")
 
 
-def _read_manifest(path: Path) -> Listing:
+def _read_manifest(path: Path, options: Options) -> Listing:
     rows = list(_rows(path))
     if not rows:
         raise ValueError(f"manifest {path} has no rows")
     real = functools.cache(os.path.realpath)
     seen: dict[str, str] = {}
     for row in rows:
-        _check_path(path.parent, real, row.path, _at(path, row.line))
+        _check_path(path.parent, real, row.path, _at(path, row.line), options)
         place = os.path.normpath(row.path)
         if place in seen:
             raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")

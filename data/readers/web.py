@@ -13,6 +13,7 @@ import torch
 from data.noise import label_bytes
 from data.readers.base import TEST, TRAIN, Options, RawTable, Source, without_argument
 from data.readers.images import Listing, check_files, files_under, is_image, is_inside, reading
+from data.readers.pixels import Decoding
 from data.seeds import generator
 from hparams import Value
 
@@ -38,7 +39,7 @@ def animal10n(argument: str, options: Options) -> Source:
         _need("animal10n", folder, "training", "testing")
         return _read_animal10n(folder)
 
-    return _source("animal10n", read, 64, 0, {"model": "vgg19-bn", "batch_size": 128})
+    return _source("animal10n", read, 64, 0, {"model": "vgg19-bn", "batch_size": 128}, skip_damaged=options.skip_damaged)
 
 
 def clothing1m(argument: str, options: Options) -> Source:
@@ -59,7 +60,7 @@ def clothing1m(argument: str, options: Options) -> Source:
         return _read_clothing1m(folder, int(argument or 0))
 
     name = f"clothing1m:{int(argument)}" if argument else "clothing1m"
-    return _source(name, read, 256, 224, {"model": "resnet50-imagenet", "batch_size": 64})
+    return _source(name, read, 256, 224, {"model": "resnet50-imagenet", "batch_size": 64}, skip_damaged=options.skip_damaged)
 
 
 def webvision(argument: str, options: Options) -> Source:
@@ -78,7 +79,7 @@ def webvision(argument: str, options: Options) -> Source:
         return _read_webvision(options.root.absolute(), imagenet)
 
     name = f"webvision:{argument}" if argument else "webvision"
-    return _source(name, read, 256, 227, {"model": "inception-resnet-v2", "batch_size": 32})
+    return _source(name, read, 256, 227, {"model": "inception-resnet-v2", "batch_size": 32}, skip_damaged=options.skip_damaged)
 
 
 def _folder(name: str, options: Options, *parts: str) -> Path:
@@ -94,7 +95,9 @@ def _need(name: str, folder: Path, *files: str) -> None:
             raise ValueError(f"data set {name}: {file} is not in {folder}; it must be there as it is published")
 
 
-def _source(name: str, read: Callable[[], Listing], size: int, input_size: int, defaults: dict[str, Value]) -> Source:
+def _source(
+    name: str, read: Callable[[], Listing], size: int, input_size: int, defaults: dict[str, Value], *, skip_damaged: bool
+) -> Source:
     def listing() -> Listing:
         with reading(f"data set {name}"):
             return read()
@@ -102,7 +105,7 @@ def _source(name: str, read: Callable[[], Listing], size: int, input_size: int, 
     def build() -> RawTable:
         found = listing()
         check_files(found.folder, found.names, f"data set {name}")
-        return found.table(3, size)
+        return found.table(Decoding(3, size))
 
     def stamp() -> str:
         found = listing()
@@ -119,6 +122,7 @@ def _source(name: str, read: Callable[[], Listing], size: int, input_size: int, 
         stamp=stamp,
         views="imagenet" if input_size else "flip-crop",
         input_size=input_size,
+        skip_damaged=skip_damaged,
     )
 
 
