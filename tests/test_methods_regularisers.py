@@ -630,7 +630,7 @@ MUTATIONS = [
     Mutation(ELR_PLUS, "(1 - smoothing)", "(1.1 - smoothing)", ELR_HAND),
     Mutation(ELR_PLUS, "+ smoothing /", "+ 1.1 * smoothing /", ELR_HAND),
     Mutation(ELR_PLUS, "max(share, 1 - share)", "max(share, 1.1 - share)", ELR_HAND),
-    Mutation(ELR_PLUS, "p=1, dim=1", "p=2, dim=1", HERE + "test_elr_plus_steps_by_hand[True]"),
+    Mutation(ELR_PLUS, "weights / total", "weights / 1.1 / total", HERE + "test_elr_plus_steps_by_hand[True]"),
     Mutation(ELR_PLUS, "self.config.strength * ramp", "1.1 * self.config.strength * ramp", ELR_HAND),
     Mutation(ELR_PLUS, "= beta * self", "= 1.1 * beta * self", ELR_HAND),
     Mutation(ELR_PLUS, "] + (1 - beta)", "] + (1.1 - beta)", ELR_HAND),
