@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 Value = float | int | str | bool
 C = TypeVar("C")
+MANY_CLASSES = 32  # nearer to 100 than to 10, in ratio: methods are published for CIFAR-10 and CIFAR-100
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Hyperparameter:
     legal: Interval | None
     choices: tuple[Value, ...]
     search: Range | None
+    many_classes: Value | None  # the default from MANY_CLASSES classes on, where it is another one
+
+    def default_for(self, num_classes: int) -> Value:
+        """The default for that many classes."""
+        return self.default if self.many_classes is None or num_classes < MANY_CLASSES else self.many_classes
 
     @property
     def allowed(self) -> str:
@@ -134,17 +140,20 @@ def hyperparameter(
     choices: Iterable[Value] = (),
     search: tuple[float, float] | None = None,
     log: bool = False,
+    many_classes: Value | None = None,
 ) -> Any:
     """Declares a field: ``legal`` is an interval such as ``"[0, 1)"`` (numbers), ``choices`` the legal names (words).
 
     ``search`` is the range that a search draws from by default; without one the field stays at its default unless the
-    user gives a range.
+    user gives a range. ``many_classes`` is the default from ``MANY_CLASSES`` classes on, where that is another one: a search
+    and ``train`` start from it. A Config that is made without a value knows no number of classes and has ``default``.
     """
     choices = (True, False) if isinstance(default, bool) else tuple(choices)
     assert bool(legal) != bool(choices), "a number declares the legal interval, a word the legal choices"
+    assert search or many_classes is None, "what is not searched is fixed before the number of classes is known"
     drawn = Range(float(search[0]), float(search[1]), log) if search else None
     metadata = {"meaning": meaning, "legal": Interval.parse(legal) if legal else None, "choices": choices, "search": drawn}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"many_classes": many_classes})
 
 
 def declared(config: type) -> dict[str, Hyperparameter]:

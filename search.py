@@ -197,8 +197,11 @@ def train(options: argparse.Namespace) -> int:
     flags = given(options)
     if options.config and flags:
         raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
-    recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
-    prepare(recipe, download=options.download)
+    if options.config:
+        recipe = from_yaml(Path(options.config))
+        prepare(recipe, download=options.download)
+    else:
+        recipe = from_flags(flags, download=options.download)
     import torch
 
     from training.experiment import Experiment

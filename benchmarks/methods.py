@@ -114,10 +114,11 @@ def opened(folder: Path, spec: SweepSpec) -> Sweep:
     """The sweep in ``folder``, made if there is none."""
     if not (folder / "sweep.yaml").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        data = dataset_of(spec).fingerprint
-        sweep = Sweep(folder, spec, {"id": uuid.uuid4().hex, "created": time.time(), "data": data, "commit": "benchmark"})
+        dataset = dataset_of(spec)
+        provenance = {"id": uuid.uuid4().hex, "created": time.time(), "data": dataset.fingerprint, "commit": "benchmark"}
+        sweep = Sweep(folder, spec, provenance)
         ledger = Ledger(sweep, create=True)
-        ledger.enqueue(ledger.space.defaults(spec.method[0], spec)[0])
+        ledger.enqueue(ledger.space.defaults(spec.method[0], spec, dataset.num_classes)[0])
         sweep.write()
     return Sweep.read(folder)
 

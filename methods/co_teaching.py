@@ -29,13 +29,14 @@ from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task
 
 @dataclass(frozen=True)
 class CoTeachingConfig(GivenLabelsConfig):
-    """The paper's ramp: 10 of 200 epochs. Selection starts in the first epoch, so the method begins at 0."""
+    """The paper's ramp: 10 of 200 epochs; its forget_rate is the noise rate, up to 0.8. Selection starts in the first epoch,
+    so the method begins at 0."""
 
     forget_rate: float = hyperparameter(
         0.2,
         "share of a batch that is left out once the ramp is over, ideally the noise rate",
         legal="[0, 1)",
-        search=(0.05, 0.6),
+        search=(0.0, 0.9),
     )
     ramp: float = hyperparameter(
         0.05,

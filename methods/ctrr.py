@@ -12,8 +12,9 @@ one direction), on which its published table depends; the paper's own sum over p
 K^(agreement - 1), so that one range suits any K: 0.4 and 0.8 at K = 10 are 0.60 and 0.90, 0.05 at K = 100 is 0.35. a follows
 from ``averaging``, a fraction of the budget. Projector and predictor keep the paper's ratios to the feature dimension F:
 F -> 4 F -> F / 4 (512 -> 2048 -> 128) and F / 4 -> F -> F / 4. The schedule is this project's (SGD, half a cosine).
-Differs from the official code: the views are this project's; a last, smaller batch is kept; 1 - G is at least 1e-6 (there
-it can be negative by a rounding). The generalised cross-entropy, ``q``, is not clipped.
+Differs from the official code: the views are this project's; the network sees the strong view before the weak one (there after
+it), so the last batch that batch normalisation records in a step is the weak one; a last, smaller batch is kept; 1 - G is at
+least 1e-6 (there it can be negative by a rounding). The generalised cross-entropy, ``q``, is not clipped.
 State: network, projector and predictor with their optimiser, the running mean of features and projector (parameters; its
 statistics of batch normalisation are recorded on its own batches and never used); nothing per sample.
 """

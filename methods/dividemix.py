@@ -57,7 +57,7 @@ class DivideMixConfig(Config):
         0.1,
         "fraction of the budget trained on the given labels before the first division",
         legal="[0, 1)",
-        search=(0.03, 0.4),
+        search=(0.01, 0.4),
         log=True,
     )
     threshold: float = hyperparameter(
@@ -67,7 +67,7 @@ class DivideMixConfig(Config):
         25.0,
         "weight of the squared error on the unlabelled samples, lambda_u: small for little noise",
         legal="[0, inf)",
-        search=(0.5, 150.0),
+        search=(0.1, 150.0),
         log=True,
     )
     ramp: float = hyperparameter(

@@ -26,13 +26,14 @@ from methods.base import Clock, GivenLabelsConfig, SingleNet, Task, memory_momen
 
 @dataclass(frozen=True)
 class ELRConfig(GivenLabelsConfig):
-    """The published defaults for CIFAR-10 with symmetric noise: beta 0.7 over 120 epochs, lambda 3."""
+    """The published defaults for CIFAR-10 with symmetric noise: beta 0.7 over 120 epochs, lambda 3. For Clothing1M beta is 0.7
+    over 10 epochs, a memory of 0.28."""
 
     memory: float = hyperparameter(
         0.0234,
         "memory of the targets' running mean, as a fraction of the budget (0.7 per epoch at 120 epochs)",
         legal="(0, 1]",
-        search=(0.01, 0.1),
+        search=(0.01, 1.0),
         log=True,
     )
     strength: float = hyperparameter(

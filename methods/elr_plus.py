@@ -14,7 +14,8 @@ Differs from the official code: both networks see the same split, labels and bat
 (there each draws a split and noise of its own, which tells the pair more than one noisy label per sample); the averages
 start as copies of their networks, not from an initialisation of their own (which the ramp replaces at once), and drop no
 features. As there, the averages see batches in training mode: their own statistics of batch normalisation are recorded and
-never used. ``weigh_labels`` is what the code does for exactly 100 classes.
+never used. ``weigh_labels`` is what the code does for exactly 100 classes; where every weight of a row is 0, which the code
+divides by to nan, the labels are not weighed.
 State: two networks, two optimisers, two averages; h, float32 [N, 2, K], zero at the start: 8 K bytes per sample.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
@@ -45,7 +46,7 @@ class ELRPlusConfig(GivenLabelsConfig):
         0.014,
         "memory of the targets' running mean, as a fraction of the budget (0.7 per epoch at 200 epochs)",
         legal="(0, 1]",
-        search=(0.01, 0.1),
+        search=(0.01, 1.0),
         log=True,
     )
     strength: float = hyperparameter(
@@ -115,7 +116,7 @@ class ELRPlus(Method[Batch]):
         partner = torch.randperm(len(images), device=images.device)
         images, labels, targets = (mix(part, share, partner) for part in (images, labels, targets))
         if self.config.weigh_labels:
-            labels = normalize(labels * targets, p=1, dim=1)
+            labels = weighed(labels, targets)
         strength = self.config.strength * ramp_up(clock.fraction, self.config.ramp)
         logits = learner(images)
         return (soft_cross_entropy(logits, labels) + strength * early_learning_term(logits, targets)).mean(), probabilities
@@ -143,6 +144,17 @@ class ELRPlus(Method[Batch]):
         both = self.targets.sum(dim=1)
         mass = both.sum(dim=1, keepdim=True)
         return torch.where(mass > 0, both / mass, given)
+
+
+def weighed(labels: Tensor, targets: Tensor) -> Tensor:
+    """``labels`` times ``targets``, in rows that sum to 1 however small the products are: all [B, K], none negative.
+
+    A row whose products are all 0 stays as it is: the targets rule out every class that is given, and say nothing of which
+    of them is the better. The products are float64, in which those of two positive float32 are never 0.
+    """
+    weights = labels.double() * targets.double()
+    total = weights.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, weights / total, labels).to(labels)
 
 
 def ramp_up(fraction: float, length: float) -> float:

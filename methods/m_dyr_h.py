@@ -15,7 +15,8 @@ evaluation mode, with the view that is trained on.
 Differs from the paper: the end of the warm-up is a fraction of the budget (105 of 300 epochs; there five after the first drop
 of the learning rate); the schedule is this project's (SGD, half a cosine); the posterior is read from a table of 100 bins, as
 in the code, and does not fall again to the right of its largest entry.
-Differs from the official code: B is not clipped to [1e-4, 1 - 1e-4]; a bin stands for its middle; variances and parameters of
+Differs from the official code: the 5th percentile itself is scaled to 0, there it is first raised by 1e-5; B is not clipped to
+[1e-4, 1 - 1e-4]; a bin stands for its middle; variances and parameters of
 the mixture have floors; one clip of the scaled losses to [0.001, 0.999] instead of three; no sweeps that nothing reads.
 State: t as of the last visit, float32 [N, K], one-hot at the start (nothing is learnt from it): 4 K bytes per sample; the
 table and the two percentiles.

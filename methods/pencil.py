@@ -15,7 +15,9 @@ or more no label could change. alpha and beta are those that another group found
 published 0.1 to 0.4 hold the labels fast).
 Differs from the official code: with ``compatibility`` paper (the default) L_o is -log t_y; with official it is, as there, a
 cross-entropy that takes t for logits, whose gradient is far weaker: J (softmax(t) - onehot(y)) with J = diag(t) - t t^T, for
-which alpha was published. The last learning rates are not rounded down to 0, K is not always 10, and rows are updated in place.
+which alpha was published. It is curved less, so there a visit's lambda / (B K) is at most 4 / (1 + 4.41 alpha), the whole of
+where the descent stops going down; no published rate is above that. The last learning rates are not rounded down to 0, K is
+not always 10, and rows are updated in place.
 State: l, float32 [N, K]: 4 K bytes per sample.
 
 Where the losses of stages 2 and 3 carry 1 / K, cross-entropy does not: gradients shrink at the switch, and with them what a
@@ -38,7 +40,9 @@ CONFIDENCE = 10.0  # label logit of the given class at the start
 DROP = 10.0  # the final learning rate is divided by it after each third of the last stage
 THIRDS = 3
 CLASSES = 10  # for which alpha is stated
-STEADY = 2.0  # the descent of the label logits goes down at rates below twice this, over 1 + 10 alpha
+STEADY = 2.0  # over 1 + 10 alpha: half of 2 / curvature, up to which a descent along the label logits goes down
+STEADY_OFFICIAL = 4.0  # over 1 + 10 alpha CURVATURE: the whole of it for the official form
+CURVATURE = 0.441  # largest second derivative of the official L_o (two classes, t_y = 0.68), as a share of KL's largest, 1/2
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,14 @@ class PENCILConfig(Config):
         61.0,
         "how far label logits can move in stage 2: the sum of lambda / (B K) over its epochs, where these are enough",
         legal="[0, inf)",
-        search=(5.0, 200.0),
+        search=(5.0, 500.0),
         log=True,
     )
     alpha: float = hyperparameter(
         0.01,
         "weight of what holds the labels to the given ones, for ten classes",
         legal="[0, inf)",
-        search=(0.001, 0.1),
+        search=(0.001, 0.5),
         log=True,
     )
     beta: float = hyperparameter(
@@ -118,7 +122,7 @@ class PENCIL(SingleNet):
         """lambda / (B K): ``label_steps`` over the number of epochs of stage 2, each of which visits a sample once."""
         last = min(first_epoch(self.labels_final(), clock.epochs), clock.epochs)
         even = self.config.label_steps / (last - first_epoch(self.config.begins(), clock.epochs))
-        return min(even, STEADY / (1 + CLASSES * self.config.alpha))
+        return min(even, steadiest_rate(self.config.alpha, self.config.compatibility))
 
     def learning_rate(self, clock: Clock) -> float:
         """Constant until the labels are final, then a tenth of what it was after each third."""
@@ -128,6 +132,13 @@ class PENCIL(SingleNet):
 
     def refined_labels(self) -> Tensor:
         return self.label_logits.softmax(dim=1)
+
+
+def steadiest_rate(alpha: float, compatibility: str) -> float:
+    """The largest lambda / (B K) of a visit, with L_o weighted by ``alpha``."""
+    if compatibility == "paper":
+        return STEADY / (1 + CLASSES * alpha)
+    return STEADY_OFFICIAL / (1 + CURVATURE * CLASSES * alpha)
 
 
 def label_gradient(label_logits: Tensor, logits: Tensor, labels: Tensor, alpha: float, compatibility: str) -> Tensor:

@@ -4,15 +4,16 @@ Wang, Ma, Chen, Luo, Yi & Bailey, "Symmetric Cross Entropy for Robust Learning w
 alpha CE + beta RCE, RCE = -sum_k p_k log onehot(y)_k with log 0 := A < 0, that is -A (1 - p_y): cross-entropy learns, the
 reverse, an absolute error, is robust. Gradient: (alpha - beta A p_y) (p - onehot(y)).
 
-Differs from the paper: nothing is clipped; the schedule is this project's (SGD, half a cosine). For SGD only alpha / beta and
-the learning rate matter (beside weight_decay), so a search leaves beta and A alone.
-Differs from the official code: its clip at 1e-4 makes A -9.21, the paper says -4 (``log_zero``); published numbers, those of
-later papers too, are the code's. The labels are not smoothed: the reverse of a smoothed label is another function.
+Differs from the paper: A is ln 1e-4, as the official code's clip at 1e-4 makes it, where the text says -4 (``log_zero``): the
+published alpha and beta, those of later papers too, belong to the code's. Nothing is clipped; the schedule is this project's
+(SGD, half a cosine). beta and A are one factor, so a search leaves A alone.
+Differs from the official code: the labels are not smoothed: the reverse of a smoothed label is another function.
 State: the network and its optimiser; nothing per sample.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,7 +26,8 @@ from methods.base import Clock, Config, SingleNet
 
 @dataclass(frozen=True)
 class SCEConfig(Config):
-    """The published defaults for CIFAR-10 are alpha 0.1 and beta 1; for CIFAR-100 they are 6 and 0.1."""
+    """The published defaults for CIFAR-10 are alpha 0.1 and beta 1; for CIFAR-100 they are 6 and 0.1. Both belong to the
+    official code's A. MNIST: 0.01 and 1; WebVision and Clothing1M: 10 and 1."""
 
     alpha: float = hyperparameter(
         0.1,
@@ -33,10 +35,18 @@ class SCEConfig(Config):
         legal="[0, inf)",
         search=(0.01, 10.0),
         log=True,
+        many_classes=6.0,
     )
-    beta: float = hyperparameter(1.0, "weight of the reverse cross-entropy", legal="[0, inf)")
+    beta: float = hyperparameter(
+        1.0,
+        "weight of the reverse cross-entropy; with many classes less",
+        legal="[0, inf)",
+        search=(0.05, 10.0),
+        log=True,
+        many_classes=0.1,
+    )
     log_zero: float = hyperparameter(
-        -4.0, "what log 0 is taken for, A in the paper; the official code's is -9.21", legal="(-inf, 0)"
+        math.log(1e-4), "what log 0 is taken for, A: ln 1e-4 in the official code; the paper says -4", legal="(-inf, 0)"
     )
 
 

@@ -40,10 +40,10 @@ class SOPConfig(Config):
     noise 10 and 100; CIFAR-100: 1 and 10, with asymmetric noise 1 and 100, or 0.1 and 100 with the code's form)."""
 
     given_rate: float = hyperparameter(
-        10.0, "learning rate of u, how fast a given label is discounted", legal="[0, inf)", search=(0.1, 100.0), log=True
+        10.0, "learning rate of u, how fast a given label is discounted", legal="[0, inf)", search=(0.01, 100.0), log=True
     )
     other_rate: float = hyperparameter(
-        10.0, "learning rate of v, how fast another class takes its place", legal="[0, inf)", search=(1.0, 1000.0), log=True
+        10.0, "learning rate of v, how fast another class takes its place", legal="[0, inf)", search=(0.1, 1000.0), log=True
     )
     given_learns_from: str = hyperparameter(
         "cross-entropy",

@@ -28,10 +28,10 @@ class SOPPlusConfig(SOPConfig):
     """The published defaults for CIFAR-10: 10 and 10 for 300 epochs, lambda_C 0.9, lambda_B 0.1."""
 
     given_rate: float = hyperparameter(
-        25.0, "learning rate of u, how fast a given label is discounted", legal="[0, inf)", search=(0.1, 100.0), log=True
+        25.0, "learning rate of u, how fast a given label is discounted", legal="[0, inf)", search=(0.01, 100.0), log=True
     )
     other_rate: float = hyperparameter(
-        25.0, "learning rate of v, how fast another class takes its place", legal="[0, inf)", search=(1.0, 1000.0), log=True
+        25.0, "learning rate of v, how fast another class takes its place", legal="[0, inf)", search=(0.1, 1000.0), log=True
     )
     consistency: float = hyperparameter(
         0.9, "weight of the divergence between the two views' predictions", legal="[0, inf)", search=(0.0, 1.0)

@@ -73,6 +73,8 @@ BAD_LAUNCHES = {
     "zero trials": (["--trials", "0"], ["'0'", "[1, inf)"]),
     "half a trial": (["--trials", "1.5"], ["'1.5'", "an integer"]),
     "zero epochs": (["--epochs", "0"], ["'0'", "[1, 1000000]"]),
+    "one clean sample": (["--method", "mw-net", "--trusted", "1"], ["--trusted: 1", "mw-net", "[2, inf)"]),
+    "one clean sample for all": (["--method", "all", "--trusted", "1"], ["--trusted: 1", "mw-net", "[2, inf)"]),
     "negative seed": (["--seed", "-1"], ["'-1'", "[0, inf)"]),
     "more CPUs than there are": (["--cpus-per-trial", "4096"], ["4096", "CPUs"]),
     "no CPU": (["--cpus-per-trial", "0"], ["'0'", "[0.0001, inf)"]),

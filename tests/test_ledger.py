@@ -827,6 +827,30 @@ def test_values_outside_of_todays_range_stay(tmp_path: Path) -> None:
     assert max(map(float, new)) <= 0.1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_of_symmetric_cross_entropy_from_before_beta_was_searched(tmp_path: Path) -> None:
+    """Its trials had beta 1, and an alpha that is out of today's range stays."""
+    sweep = make_sweep(tmp_path, method=("sce",), trials=6, epochs=2, range={"sce.alpha": "20:90:log"}, scheduler="none")
+    play(open_desk(sweep, total=6))
+    without_lines(sweep.folder / "journal.log", '"param_name":"sce.beta"')
+    record = sweep.folder / "sweep.yaml"
+    record.write_text(record.read_text().replace("  range:\n    sce.alpha: 20:90:log\n", "  range: {}\n"))
+    desk = open_desk(Sweep.read(sweep.folder), total=9)
+    old = dict(desk.ledger.records)
+    assert len(old) == 6
+    assert all(r.values["beta"] == 1.0 and float(r.values["alpha"]) >= 20 for r in old.values())
+    play(desk)
+    new = [r.values for number, r in desk.ledger.records.items() if number not in old]
+    assert len(new) == 3
+    assert all(0.01 <= float(values["alpha"]) <= 10 and 0.05 <= float(values["beta"]) <= 10 for values in new)
+
+
+def test_a_sweep_with_one_clean_sample_from_before_it_was_refused(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, method=("mw-net",), trials=2, epochs=2, trusted=1)
+    play(open_desk(Sweep.read(sweep.folder)))
+    assert len(Ledger(Sweep.read(sweep.folder), read_only=True).leaderboard()) == 2
+
+
 def test_a_record_is_not_held_to_todays_limits(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, report_seconds=60.0, gpus_per_trial=2.0, epochs=2_000_000)
     assert Sweep.read(sweep.folder).spec == sweep.spec

@@ -56,6 +56,11 @@ def tiny_net(num_classes: int | None = None) -> Network:
     return Network(features, 54, num_classes or K, 0.1)
 
 
+def flat_net(num_classes: int | None = None) -> Network:
+    """A network with batch normalisation over single numbers, which refuses a batch of one image."""
+    return Network(nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU()), 12, num_classes or K, 0.1)
+
+
 def plain(images: Tensor) -> Tensor:
     return images.float() / 64 - 2
 
@@ -391,6 +396,15 @@ def test_a_last_batch_of_one_image_joins_the_one_before(name: str) -> None:
 def test_a_training_set_smaller_than_a_batch(name: str) -> None:
     data = tiny_data()
     method = make(name, tiny_task(data), batch_size=1000)
+    assert_finite(method, finish(method, data))
+
+
+@every_method
+def test_two_clean_samples_are_enough_where_any_are_needed(name: str) -> None:
+    """As few as a launch takes: one is refused there, as batch normalisation cannot train on one image."""
+    data, trusted = tiny_data(), trusted_data()
+    two = TrainData(trusted.images[:2], trusted.labels[:2])
+    method = make(name, dataclasses.replace(tiny_task(data, flat_net), trusted=two))
     assert_finite(method, finish(method, data))
 
 

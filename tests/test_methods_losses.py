@@ -94,8 +94,8 @@ def summed_over_labels(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor)
     [
         ("mae", {"scale": 2.0}),
         ("truncated-gce", {"q": 0.7, "threshold": 0.5, "warmup": 40 / 120, "interval": 10 / 120}),
-        ("sce", {"alpha": 0.1, "beta": 1.0, "log_zero": -4.0}),
-        ("nce-rce", {"alpha": 1.0, "beta": 1.0, "log_zero": -4.0}),
+        ("sce", {"alpha": 0.1, "beta": 1.0, "log_zero": math.log(1e-4)}),
+        ("nce-rce", {"alpha": 1.0, "beta": 1.0, "log_zero": math.log(1e-4)}),
         ("dal", {"q_start": 0.6, "q_end": 1.5, "bootstrap": "soft"}),
         ("label-smoothing", {"label_smoothing": 0.1}),
         ("mixup", {"alpha": 1.0, "label_smoothing": 0.0}),
@@ -616,9 +616,9 @@ def test_sr_predicts_with_the_logits_as_they_are() -> None:
     ("name", "values", "expected"),
     [
         ("mae", {}, 2 * 0.75),
-        ("sce", {}, 0.1 * math.log(4) + 4 * 0.75),
+        ("sce", {}, 0.1 * math.log(4) + math.log(10_000) * 0.75),
         ("sce", {"alpha": 2.0, "beta": 0.5, "log_zero": -9.0}, 2 * math.log(4) + 0.5 * 9 * 0.75),
-        ("nce-rce", {}, 2 / (1 + 2 + 3 + 3) + 4 * 0.75),
+        ("nce-rce", {}, 2 / (1 + 2 + 3 + 3) + math.log(10_000) * 0.75),
         ("dal", {}, (1 - 2**-2.8) / 1.4 + 0.8 * 0.875 / 1.4),  # q = 1.4, w = 0.8, H = 1.75 bits of 2
         ("dal", {"bootstrap": "hard"}, (1 - 2**-2.8) / 1.4 + 0.8 * 0.5 / 1.4),
         ("label-smoothing", {}, 0.9 * 2 * math.log(2) + 0.025 * (1 + 2 + 3 + 3) * math.log(2)),
@@ -714,8 +714,8 @@ MUTATIONS = [
     Mutation("methods/truncated_gce.py", "clock.epoch - 1,", "clock.epoch - 1.1,", PRUNING),
     Mutation("methods/truncated_gce.py", "> self.config.threshold", "> 1.1 * self.config.threshold", SHEET),
     Mutation("methods/sce.py", "        0.1,", "        0.11,", DEFAULTS + "[sce-published2]"),
-    Mutation("methods/sce.py", "hyperparameter(1.0,", "hyperparameter(1.1,", DEFAULTS + "[sce-published2]"),
-    Mutation("methods/sce.py", "        -4.0,", "        -4.4,", DEFAULTS + "[sce-published2]"),
+    Mutation("methods/sce.py", "        1.0,", "        1.1,", DEFAULTS + "[sce-published2]"),
+    Mutation("methods/sce.py", "math.log(1e-4)", "math.log(1.1e-4)", DEFAULTS + "[sce-published2]"),
     Mutation("methods/sce.py", "return self.config.alpha", "return 1.1 * self.config.alpha", BY_HAND),
     Mutation("methods/sce.py", "+ self.config.beta", "+ 1.1 * self.config.beta", BY_HAND),
     Mutation("methods/nce_rce.py", "        1.0,", "        1.1,", DEFAULTS + "[nce-rce-published3]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional
 from data.seeds import generator
 from losses import reverse_divergence
 from methods.base import Clock, first_epoch
-from methods.pencil import PENCIL, PENCILConfig, label_gradient
+from methods.pencil import CURVATURE, PENCIL, PENCILConfig, label_gradient
 from tests.mutation import Mutation
 from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, tiny_data, tiny_task, train
 from tests.test_methods_identities import given_one_hot, net_state, one_step_gradient
@@ -109,23 +110,54 @@ def test_the_official_form_holds_labels_far_less() -> None:
 
 
 @few
-@given(cases(), st.floats(0.001, 1e4), st.floats(0, 2))
+@given(cases(), st.floats(0.001, 1e4), st.floats(0, 2), st.sampled_from(["paper", "official"]))
 def test_with_a_fixed_prediction_labels_descend_step_by_step(
-    case: tuple[Tensor, Tensor, Tensor], label_steps: float, alpha: float
+    case: tuple[Tensor, Tensor, Tensor], label_steps: float, alpha: float, compatibility: str
 ) -> None:
     """However far they could move, and however short the stage."""
     rows, logits, labels = case
-    rate = pencil(label_steps=label_steps, alpha=alpha).label_rate(Clock(STAGE_2, EPOCHS))
+    method = pencil(label_steps=label_steps, alpha=alpha, compatibility=compatibility)
+    rate = method.label_rate(Clock(STAGE_2, EPOCHS))
 
     def height(rows: Tensor) -> Tensor:
-        return reverse_divergence(logits, rows) - 10 * alpha * rows.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        held = rows.log_softmax(1) if compatibility == "paper" else rows.softmax(1).log_softmax(1)
+        return reverse_divergence(logits, rows) - 10 * alpha * held.gather(1, labels.unsqueeze(1)).squeeze(1)
 
     before = height(rows)
     for _ in range(20):
-        rows = rows - rate * label_gradient(rows, logits, labels, alpha, "paper")
+        rows = rows - rate * label_gradient(rows, logits, labels, alpha, compatibility)
         after = height(rows)
         assert bool((after <= before + 1e-9).all())
         before = after
+
+
+def test_the_official_form_is_curved_most_with_two_classes_and_as_much_as_its_bound_says() -> None:
+    """Along (1, -1) / sqrt 2, the only direction in which t changes, by second differences over all t_y."""
+    t = torch.linspace(0.001, 0.999, 99_801, dtype=torch.float64)
+    logit, h = torch.logit(t), 1e-3
+
+    def held(difference: Tensor) -> Tensor:  # L_o where the label logits differ by that much
+        t = torch.sigmoid(difference)
+        return torch.log1p(torch.exp(1 - 2 * t))
+
+    step = h * math.sqrt(2)  # of the difference, for a step of h along the unit vector
+    curvature = (held(logit + step) - 2 * held(logit) + held(logit - step)) / h**2
+    assert curvature.max().item() == pytest.approx(CURVATURE / 2, rel=1e-3)
+    assert curvature.max().item() <= CURVATURE / 2
+    assert t[curvature.argmax()].item() == pytest.approx(0.68, abs=0.005)
+
+
+@few
+@given(cases())
+def test_more_classes_do_not_curve_the_official_form_more(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    rows, _, labels = case
+
+    def held(row: Tensor) -> Tensor:
+        loss: Tensor = -row.softmax(0).log_softmax(0)[labels[0]]
+        return loss
+
+    hessian = torch.autograd.functional.hessian(held, rows[0])
+    assert torch.linalg.eigvalsh(hessian).max().item() <= CURVATURE / 2
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100, 1000])
@@ -190,6 +222,8 @@ def test_labels_move_no_faster_than_is_steady() -> None:
     assert pencil().label_rate(Clock(10, 30)) == pytest.approx(2 / 1.1)
     assert pencil(alpha=0.1).label_rate(Clock(10, 30)) == pytest.approx(1.0)
     assert pencil(label_steps=12.0).label_rate(Clock(10, 30)) == pytest.approx(1.0)
+    assert pencil(alpha=0.0, compatibility="official").label_rate(Clock(10, 30)) == pytest.approx(4.0)
+    assert pencil(alpha=0.1, compatibility="official").label_rate(Clock(10, 30)) == pytest.approx(4 / 1.441)
 
 
 def test_stage_1_is_cross_entropy_at_a_constant_rate_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +327,7 @@ HERE = "tests/test_methods_pencil.py::"
 PUBLISHED = HERE + "test_published_defaults"
 LABEL_STEP = HERE + "test_stage_2_steps_labels_along_their_gradient_with_the_same_prediction[paper]"
 NETWORK_STEP = HERE + "test_the_network_steps_along_its_gradient_with_the_labels_from_before"
+STEADY = HERE + "test_labels_move_no_faster_than_is_steady"
 RATES = HERE + "test_the_learning_rate_is_constant_and_then_falls_by_ten_in_thirds"
 
 MUTATIONS = [
@@ -310,8 +345,11 @@ MUTATIONS = [
     Mutation("methods/pencil.py", "rows - self.label_rate", "rows - 1.1 * self.label_rate", LABEL_STEP),
     Mutation("methods/pencil.py", "+ CLASSES * alpha * hold", "+ 1.1 * CLASSES * alpha * hold", LABEL_STEP),
     Mutation("methods/pencil.py", "CLASSES = 10", "CLASSES = 11", LABEL_STEP),
-    Mutation("methods/pencil.py", "STEADY / (1 +", "STEADY / (1.1 +", HERE + "test_labels_move_no_faster_than_is_steady"),
-    Mutation("methods/pencil.py", "STEADY = 2.0", "STEADY = 2.2", HERE + "test_labels_move_no_faster_than_is_steady"),
+    Mutation("methods/pencil.py", "STEADY / (1 +", "STEADY / (1.1 +", STEADY),
+    Mutation("methods/pencil.py", "STEADY = 2.0", "STEADY = 2.2", STEADY),
+    Mutation("methods/pencil.py", "STEADY_OFFICIAL / (1 +", "STEADY_OFFICIAL / (1.1 +", STEADY),
+    Mutation("methods/pencil.py", "STEADY_OFFICIAL = 4.0", "STEADY_OFFICIAL = 4.4", STEADY),
+    Mutation("methods/pencil.py", "CURVATURE = 0.441", "CURVATURE = 0.4851", STEADY),
     Mutation("methods/pencil.py", "return (t - logits", "return (1.1 * t - logits", LABEL_STEP),
     Mutation("methods/pencil.py", "hold = t - given", "hold = 1.1 * t - given", LABEL_STEP),
     Mutation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from losses import clipped_directions, contrastive_losses, pair_weights
 from methods.base import Clock, Task, memory_momentum
 from methods.cdr import CDRConfig, critical_gradients
 from methods.ctrr import CTRR, ContrastiveNetwork, CTRRConfig
-from methods.elr_plus import ELRPlus, ELRPlusConfig, ramp_up
+from methods.elr_plus import ELRPlus, ELRPlusConfig, ramp_up, weighed
 from methods.moving_average import MovingAverage
 from models import Network
 from tests.mutation import Mutation
@@ -31,7 +32,9 @@ from tests.test_methods_contract import (
     InOrder,
     K,
     N,
+    assert_finite,
     differences,
+    extreme_net,
     finish,
     make,
     plain,
@@ -168,6 +171,36 @@ def test_elr_plus_steps_by_hand(weigh_labels: bool, pair: tuple[Network, Network
     torch.testing.assert_close(step.loss, (losses[0] + losses[1]) / 2)
     torch.testing.assert_close(step.probabilities, (seen[0] + seen[1]) / 2)
     assert torch.equal(method.targets[BATCH:], old[BATCH:]), "rows outside the batch stay"
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-10, 1e-12, 1e-20, 1e-30, 1e-38, 1.5e-45])
+def test_weighed_labels_sum_to_one_however_small_the_weights(smallest: float) -> None:
+    """Against exact fractions. The official code divides in float32, by a sum that may be 1e-30 or less."""
+    labels = torch.tensor([[0.7, 0.3, 0.0, 0.0], [0.5, 0.2, 0.2, 0.1]])
+    targets = smallest * torch.tensor([[1.0, 3.0, 1.0, 0.0], [1.0, 1.0, 2.0, 9.0]])
+    found = weighed(labels, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    for row, given_row, target_row in zip(found.tolist(), labels.tolist(), targets.tolist(), strict=True):
+        weights = [Fraction(y) * Fraction(h) for y, h in zip(given_row, target_row, strict=True)]
+        assert row == pytest.approx([float(weight / sum(weights)) for weight in weights], rel=1e-6)
+
+
+def test_a_row_whose_weights_are_all_zero_keeps_its_labels() -> None:
+    """The targets have nothing on any class that is given, which the official code turns into nan."""
+    labels, targets = torch.tensor([[0.6, 0.4, 0.0], [0.6, 0.4, 0.0]]), torch.tensor([[0.0, 0.0, 1.0], [0.0, 1e-30, 1.0]])
+    assert weighed(labels, targets).tolist() == [pytest.approx([0.6, 0.4, 0.0]), [0.0, 1.0, 0.0]]
+    assert bool((labels * targets / (labels * targets).sum(1, keepdim=True)).isnan().any()), "so it would be there"
+
+
+def test_weighed_labels_train_where_predictions_have_nothing_on_the_given_classes() -> None:
+    data = tiny_data()
+    method = make("elr-plus", tiny_task(data, extreme_net), lr=1e-6, mixup=0.01, weigh_labels=True)
+    steps = finish(method, data)
+    index = torch.arange(N)
+    ruled_out = method.targets[index, :, data.labels] == 0
+    assert bool(ruled_out.any()), "what the test is about happens: a target of exactly 0 on the given class"
+    assert_finite(method, steps)
 
 
 def test_mixing_shares_come_from_the_beta_distribution_and_favour_the_sample() -> None:
@@ -597,7 +630,7 @@ MUTATIONS = [
     Mutation(ELR_PLUS, "(1 - smoothing)", "(1.1 - smoothing)", ELR_HAND),
     Mutation(ELR_PLUS, "+ smoothing /", "+ 1.1 * smoothing /", ELR_HAND),
     Mutation(ELR_PLUS, "max(share, 1 - share)", "max(share, 1.1 - share)", ELR_HAND),
-    Mutation(ELR_PLUS, "p=1, dim=1", "p=2, dim=1", HERE + "test_elr_plus_steps_by_hand[True]"),
+    Mutation(ELR_PLUS, "weights / total", "weights / 1.1 / total", HERE + "test_elr_plus_steps_by_hand[True]"),
     Mutation(ELR_PLUS, "self.config.strength * ramp", "1.1 * self.config.strength * ramp", ELR_HAND),
     Mutation(ELR_PLUS, "= beta * self", "= 1.1 * beta * self", ELR_HAND),
     Mutation(ELR_PLUS, "] + (1 - beta)", "] + (1.1 - beta)", ELR_HAND),

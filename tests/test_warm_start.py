@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hparams import Value, declared
 from methods import find_method
 from tests.sweeps import bytes_below, epoch_record, make_sweep
 from tune import sweep as verbs
 from tune.ledger import Ledger
+from tune.recipes import from_flags
 from tune.space import Space
 from tune.spec import Sweep, make_spec
 from tune.warm_start import TAKEN, WarmStart, warm_start
@@ -148,3 +151,34 @@ def test_published_defaults_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     expected = [ce(0.1), default] if default_is_taken else [ce(0.1), ce(0.02), default]
     assert ran[: len(expected)] == expected
     assert all(params not in expected for params in ran[len(expected) :])
+
+
+@pytest.fixture
+def forty_classes(tmp_path: Path) -> str:
+    """A folder of 40 classes with six images each."""
+    random = np.random.default_rng(0)
+    for number in range(40):
+        (tmp_path / "images" / f"{number:02}").mkdir(parents=True)
+        for image in range(6):
+            picture = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            picture.save(tmp_path / "images" / f"{number:02}" / f"{image}.png")
+    return f"folder:{tmp_path / 'images'}"
+
+
+def test_published_defaults_are_those_for_the_number_of_classes(
+    tmp_path: Path, forty_classes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first trial of a sweep, in what a warm start lacks, and in ``train``."""
+    monkeypatch.setattr(verbs, "execute", lambda sweep, kind, command: verbs.Ended(0))
+    old = {"lr": 0.01, "weight_decay": 0.001, "sce.alpha": 3.0}
+    finished(tmp_path, "old", [(old, 0.9)], method=("sce",), set={"sce.beta": "1"})
+    fields = {"method": ("sce",), "model": "mlp", "data": forty_classes, "noise": "none"}
+    verbs.launch("new", tmp_path, make_spec({**fields, "trials": 4}), old="old")
+    ledger = Ledger(Sweep.find(tmp_path, "new"))
+    warm, first = ledger.ask().values, ledger.ask().values
+    assert (warm["alpha"], warm["beta"]) == (3.0, 0.1)
+    assert (first["alpha"], first["beta"]) == (6.0, 0.1)
+    recipe = from_flags(fields)
+    assert (recipe.values["alpha"], recipe.values["beta"]) == (6.0, 0.1)
+    digits = from_flags({**fields, "data": "digits"})
+    assert (digits.values["alpha"], digits.values["beta"]) == (0.1, 1.0)

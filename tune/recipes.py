@@ -16,7 +16,7 @@ from methods import find_method
 from training.experiment import Recipe
 from tune.ledger import Ledger, Record
 from tune.space import Space
-from tune.spec import FIELDS, SpecLoader, SweepSpec, make_spec, read_field
+from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field
 
 
 def of_trial(ledger: Ledger, record: Record) -> Recipe:
@@ -43,13 +43,15 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
     return Recipe(**{**of_spec, "method": method, "values": dict(values), "seed": seed, "noise_seed": noise_seed})
 
 
-def from_flags(flags: Mapping[str, Any]) -> Recipe:
-    """What ``train`` runs for flags. ValueError names what is wrong."""
+def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
+    """What ``train`` runs for flags, its data set ready: defaults depend on the number of classes. ValueError names what is
+    wrong."""
     spec = make_spec(flags)
     if len(spec.method) != 1:
         raise ValueError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
     space, method = Space(spec), spec.method[0]
-    defaults, _ = space.defaults(method, spec)
+    check_trusted(spec)
+    defaults, _ = space.defaults(method, spec, dataset(spec, download=download).num_classes)
     return _recipe(spec, method, space.read(defaults)[1], seed=spec.seed, noise_seed=spec.noise_seed)
 
 

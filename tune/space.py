@@ -155,15 +155,15 @@ class Space:
                     found |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
         return found
 
-    def defaults(self, method: str, spec: SweepSpec) -> tuple[dict[str, Value], list[str]]:
-        """The parameters of the published configuration, moved to the nearest bound where a range excludes it, and a
-        line for each that was moved."""
+    def defaults(self, method: str, spec: SweepSpec, num_classes: int = 10) -> tuple[dict[str, Value], list[str]]:
+        """The parameters of the published configuration for that many classes, moved to the nearest bound where a range
+        excludes it, and a line for each that was moved."""
         params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
         moved = []
         for parameter in self.parameters[method]:
             if parameter.range is None:
                 continue
-            published = spec.source_defaults().get(parameter.field, parameter.declared.default)
+            published = spec.source_defaults().get(parameter.field, parameter.declared.default_for(num_classes))
             nearest = parameter.range.nearest(published)
             params[parameter.name] = nearest
             if nearest != published:

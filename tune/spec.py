@@ -226,6 +226,13 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
 
 
+def check_trusted(spec: SweepSpec) -> None:
+    """ValueError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
+    for name in spec.method:
+        if find_method(name).needs_trusted and spec.trusted < 2:
+            raise ValueError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A sweep as it is kept: where its checkpoints are, what was asked for, what that was made with, and its files."""

@@ -45,7 +45,7 @@ from tune.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
 from tune.space import Space
-from tune.spec import Sweep, SweepSpec, check_name, check_place, make_spec
+from tune.spec import Sweep, SweepSpec, check_name, check_place, check_trusted, make_spec
 from tune.tracker import Tracker, tracking_uri
 from tune.warm_start import WarmStart, warm_start
 
@@ -119,10 +119,11 @@ def launch(
     spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
     space = Space(spec)
     check_resources(spec)
+    check_trusted(spec)
     check_storage(home.storage)
-    warm = WarmStart([], [], {}) if old is None else warm_start(old, home, spec, space)
     check_tracking(tracking_uri(home.storage, spec.tracking))
     dataset = dataset_of(spec, download=download)
+    warm = WarmStart([], [], {}) if old is None else warm_start(old, home, spec, space, dataset.num_classes)
     check_network(spec, dataset)
     check_views(space, dataset)
     if not address_of(spec):
@@ -139,7 +140,7 @@ def launch(
         for params in warm.params:
             ledger.enqueue(params)
         for method in spec.method:
-            params, moved = space.defaults(method, spec)
+            params, moved = space.defaults(method, spec, dataset.num_classes)
             if params not in warm.params:
                 ledger.enqueue(params)
             for line in moved:

@@ -24,9 +24,9 @@ class WarmStart(NamedTuple):
     provenance: dict[str, Any]
 
 
-def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space) -> WarmStart:
-    """What a sweep of ``spec`` takes over from ``old``, a sweep in the same storage or the path of one's folder. ValueError
-    where there is none, or it has no complete trial."""
+def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space, num_classes: int = 10) -> WarmStart:
+    """What a sweep of ``spec`` on that many classes takes over from ``old``, a sweep in the same storage or the path of one's
+    folder. ValueError where there is none, or it has no complete trial."""
     sweep = _find(old, as_home(home))
     ledger = Ledger(sweep, read_only=True)
     best = [record for record in ledger.leaderboard() if record.state is TrialState.COMPLETE][:TAKEN]
@@ -35,7 +35,7 @@ def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space) -> Wa
     taken: dict[int, dict[str, Value]] = {}
     lines = []
     for record in best:
-        params, misfit = _translated(record, ledger.space, space, spec)
+        params, misfit = _translated(record, ledger.space, space, spec, num_classes)
         same = next((number for number, others in taken.items() if others == params), None)
         if misfit or same is not None:
             lines.append(
@@ -59,13 +59,13 @@ def _find(old: str, home: Home) -> Sweep:
     raise ValueError(f"--from: {old!r} is no sweep in {home.place} and no folder of one; there are: {known}")
 
 
-def _translated(record: Record, old: Space, new: Space, spec: SweepSpec) -> tuple[dict[str, Value], str]:
+def _translated(record: Record, old: Space, new: Space, spec: SweepSpec, num_classes: int) -> tuple[dict[str, Value], str]:
     """A trial's configuration in the new space, where what the old one did not search is at its default; or why it has no
     place there."""
     if record.method not in new.methods:
         return {}, f"{record.method} is not searched"
     searched = {parameter.field for parameter in old.parameters[record.method] if parameter.range}
-    params, _ = new.defaults(record.method, spec)
+    params, _ = new.defaults(record.method, spec, num_classes)
     for parameter in new.parameters[record.method]:
         field, drawn = parameter.field, parameter.range
         value = record.values[field]
