@@ -236,7 +236,7 @@ class Counter:
             counts += torch.bincount(channel.flatten(), minlength=256)
         labelled = labels >= 0
         index = labels[labelled, None].expand(-1, images.shape[1])
-        low, high = (bound[labelled].long() for bound in torch.aminmax(images.flatten(2), dim=2))
+        low, high = (bound[labelled].long() for bound in (images.flatten(2).amin(dim=2), images.flatten(2).amax(dim=2)))
         self.lowest.scatter_reduce_(0, index, low, "amin")
         self.highest.scatter_reduce_(0, index, high, "amax")
 

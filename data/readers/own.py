@@ -69,13 +69,14 @@ def _path(kind: str, argument: str, form: str) -> Path:
 
 
 def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options) -> Source:
-    """What both have in common. ``read`` lists the files anew each time; ValueError where they are none of a data set."""
+    """What both have in common. ``read`` lists the files, once for a source: one that is made later sees later changes."""
     name = f"{kind}:{path}"
     resize, background = options.resize or "crop", options.background or "white"
     if resize not in RESIZES:
         raise ValueError(f"--resize: {resize!r} is not allowed; it must be one of {', '.join(RESIZES)}")
     read_colour(background)
 
+    @functools.cache
     def listing() -> Listing:
         if not (path.is_file() if kind == "manifest" else path.is_dir()):
             raise ValueError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")

@@ -167,12 +167,14 @@ def _draft_size(stored: tuple[int, int], how: Decoding) -> tuple[int, int]:
 
 def _turn(image: Image.Image) -> int:
     """Loads an image and turns it upright, in place; the orientation that it noted, 1 where it noted none."""
-    noted = 1 if image.format == "PNG" else _orientation(image)  # which would load a PNG to look for it
-    image.load()  # a TIFF turns itself
-    left = _orientation(image)
-    if left in TURNED:
+    is_late = image.format == "PNG"  # whose notes may follow the pixels
+    noted = 1 if is_late else _orientation(image)
+    image.load()
+    if is_late:
+        noted = _orientation(image)
+    if noted in TURNED and _orientation(image) in TURNED:  # a TIFF has turned itself
         ImageOps.exif_transpose(image, in_place=True)
-    return noted if noted in TURNED else left
+    return noted
 
 
 def _orientation(image: Image.Image) -> int:
