@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import functools
 import hashlib
 import logging
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -27,16 +23,13 @@ from data.readers.images import (
     entries,
     files_under,
     is_image,
-    is_inside,
     reading,
     shorter_side,
 )
+from data.readers.manifest import SPLITS, check_path, first_in_manifest, hint, read_manifest
 
-SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
 SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
-COLUMNS = ("path", "label", "truth", "split")
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
-WHOLE = re.compile(r"-?[0-9]{1,18}")
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +52,7 @@ def manifest(argument: str, options: Options) -> Source:
     or test; the label of a test row is its clean label where it has no truth. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
-    return _source("manifest", path, path.parent, lambda: _first_in_manifest(path), lambda: _read_manifest(path), options)
+    return _source("manifest", path, path.parent, lambda: first_in_manifest(path), lambda: read_manifest(path), options)
 
 
 def _path(kind: str, argument: str, form: str) -> Path:
@@ -174,7 +167,7 @@ def _read_folder(path: Path) -> Listing:
     for kind, part in parts:
         for below in entries(part)[0]:
             if below.name not in classes:
-                raise ValueError(f"class folder {below}: {below.name!r} is not in train{_hint(below.name, classes)}")
+                raise ValueError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}")
             images, others = _images(below)
             names += [str(image.relative_to(path)) for image in images]
             labels += [classes.index(below.name)] * len(images)
@@ -183,133 +176,6 @@ def _read_folder(path: Path) -> Listing:
     check_files(path, names, f"folder {path}")  # a link may lead nowhere
     real = functools.cache(os.path.realpath)
     for name in names:
-        _check_path(path, real, name, f"folder {path}")
+        check_path(path, real, name, f"folder {path}")
     is_split = parts != [(TRAIN, path)]
     return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, ignored=ignored)
-
-
-# --- a list in a CSV file ---------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    line: int  # the last one, where it has several
-    path: str
-    label: str
-    truth: str = ""
-    split: str = ""
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """The rows, one by one. ValueError for what cannot be one."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, skipinitialspace=True, strict=True)
-        try:
-            columns = [column.strip() for column in next(lines, [])]
-            _check_columns(path, columns)
-            for cells in lines:
-                line = lines.line_num
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
-                    raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(columns)}")
-                words = ((name, cell.strip()) for name, cell in zip(columns, cells, strict=True))
-                row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
-                if not row.path or not row.label:
-                    raise ValueError(f"{_at(path, line)}: path and label must not be empty")
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
-
-
-def _at(path: Path, line: int) -> str:
-    return f"manifest {path}, line {line}"
-
-
-def _check_columns(path: Path, columns: list[str]) -> None:
-    if not columns:
-        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
-    for column in columns:
-        if column not in COLUMNS:
-            hint = _hint(column, COLUMNS)
-            raise ValueError(f"manifest {path}: column {column!r} is not known{hint}; allowed are {', '.join(COLUMNS)}")
-    for column in COLUMNS:
-        if columns.count(column) > 1 or (column in ("path", "label") and column not in columns):
-            times = columns.count(column)
-            raise ValueError(f"manifest {path}: column {column!r} is there {times} times; once is needed")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _first_in_manifest(path: Path) -> str:
-    for row in _rows(path):
-        _check_path(path.parent, os.path.realpath, row.path, _at(path, row.line))
-        return row.path
-    raise ValueError(f"manifest {path} has no rows")
-
-
-def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str) -> None:
-    """ValueError where an image is not in ``top``, with links followed; ``real`` is os.path.realpath."""
-    if is_inside(name):
-        parent, base = os.path.split(os.path.join(top, name))
-        path = os.path.join(real(parent), base)
-        if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
-            return
-    if os.path.isabs(name):
-        raise ValueError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
-    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder")
-
-
-def _read_manifest(path: Path) -> Listing:
-    rows = list(_rows(path))
-    if not rows:
-        raise ValueError(f"manifest {path} has no rows")
-    real = functools.cache(os.path.realpath)
-    seen: dict[str, str] = {}
-    for row in rows:
-        _check_path(path.parent, real, row.path, _at(path, row.line))
-        place = os.path.normpath(row.path)
-        if place in seen:
-            raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
-        seen[place] = row.path
-    check_files(path.parent, [row.path for row in rows], f"manifest {path}")
-    return _labelled(path, rows)
-
-
-def _labelled(path: Path, rows: list[Row]) -> Listing:
-    is_split = any(row.split for row in rows)
-    for row in rows:
-        if is_split and row.split not in SPLITS:
-            hint, allowed = _hint(row.split, SPLITS), ", ".join(SPLITS)
-            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{hint}; write one of {allowed}")
-    trained = [row for row in rows if not is_split or SPLITS[row.split] == TRAIN]
-    if not trained:
-        raise ValueError(f"manifest {path} has no training rows")
-    numbers = all(WHOLE.fullmatch(row.label) for row in rows)
-
-    def read(text: str) -> str:
-        return str(int(text)) if numbers and WHOLE.fullmatch(text) else text
-
-    classes = sorted({read(row.label) for row in trained}, key=int if numbers else None)
-    if numbers and int(classes[0]) < 0:
-        raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
-    index = {name: label for label, name in enumerate(classes)}
-    index[""] = -1
-    for row in rows:
-        if read(row.label) not in index:
-            raise ValueError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{_hint(row.label, classes)}")
-        if read(row.truth) not in index:
-            hint = _hint(row.truth, classes)
-            raise ValueError(
-                f"{_at(path, row.line)}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known"
-            )
-    return Listing(
-        path.parent,
-        [row.path for row in rows],
-        tuple(classes),
-        torch.tensor([index[read(row.label)] for row in rows]),
-        torch.tensor([SPLITS[row.split] for row in rows]) if is_split else None,
-        torch.tensor([index[read(row.truth)] for row in rows]),
-    )
