@@ -38,6 +38,7 @@ class Listing:
     split: Tensor | None = None
     truth: Tensor | None = None  # -1 where not known
     ignored: int = 0  # files in the folder that are no images
+    notes: tuple[str, ...] = ()  # what a user should know of it, each a line
 
     @property
     def paths(self) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
+import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,18 @@ import torch
 
 from data.readers.base import TEST, TRAIN, VALIDATION
 from data.readers.images import Listing, check_files, is_inside
+from data.readers.text import hint, look_alike_note, read_text, some
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
+SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
 COLUMNS = ("path", "label", "truth", "split")
-WHOLE = re.compile(r"-?[0-9]{1,18}")
+NEEDED = ("path", "label")
+DELIMITERS = (",", ";", "\t")
+WHOLE = re.compile(r"(-?[0-9]{1,18})(\.0*)?")  # pandas writes 3.0 for 3 in a column in which some are missing
+NO_LABEL = {  # the words that pandas reads as a missing value, and also writes as one
+    *("", "nan", "NaN", "-nan", "-NaN", "NA", "<NA>", "N/A", "n/a", "#N/A", "#N/A N/A", "#NA", "None", "null", "NULL"),
+    *("1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+}
 
 
 class Row(NamedTuple):
@@ -30,52 +38,64 @@ class Row(NamedTuple):
     split: str = ""
 
 
-def _rows(path: Path) -> Iterator[Row]:
+class Header(NamedTuple):
+    delimiter: str
+    columns: list[str]  # in small letters
+
+
+def _header(path: Path, text: str) -> Header:
+    """What the first line says: of the delimiters the one that makes most of it known. ValueError where columns are missing."""
+    read = [Header(sign, _columns(text, sign)) for sign in DELIMITERS]
+    header = max(read, key=lambda header: len(set(COLUMNS) & set(header.columns)))
+    columns = header.columns
+    if not any(columns):
+        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
+    for column in COLUMNS:
+        if columns.count(column) > 1:
+            raise ValueError(f"manifest {path}: column {column!r} is there {columns.count(column)} times; once is needed")
+    for column in NEEDED:
+        if column not in columns:
+            others = [name for name in columns if name not in COLUMNS]
+            meant = next((name for name in others if hint(name, COLUMNS) == hint(column, [column])), "")
+            there = f"{meant!r} is there{hint(meant, COLUMNS)}" if meant else f"it has {some([repr(name) for name in columns])}"
+            raise ValueError(f"manifest {path}: the first line must name the column {column!r}; {there}")
+    return header
+
+
+def _columns(text: str, delimiter: str) -> list[str]:
+    lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, delimiter=delimiter)
+    return [column.strip().lower() for column in next(lines, [])]
+
+
+def _rows(path: Path, text: str, header: Header) -> Iterator[Row]:
     """The rows, one by one. ValueError for what cannot be one."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, skipinitialspace=True, strict=True)
-        try:
-            columns = [column.strip() for column in next(lines, [])]
-            _check_columns(path, columns)
-            for cells in lines:
-                line = lines.line_num
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
-                    raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(columns)}")
-                words = ((name, cell.strip()) for name, cell in zip(columns, cells, strict=True))
-                row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
-                if not row.path or not row.label:
-                    raise ValueError(f"{_at(path, line)}: path and label must not be empty")
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
+    lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True, delimiter=header.delimiter)
+    known = [(place, name) for place, name in enumerate(header.columns) if name in COLUMNS]
+    try:
+        next(lines)
+        for cells in lines:
+            line = lines.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header.columns):
+                raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(header.columns)}")
+            words = ((name, cells[place].strip()) for place, name in known)
+            row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
+            if not row.path:
+                raise ValueError(f"{_at(path, line)}: path must not be empty")
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
 
 
 def _at(path: Path, line: int) -> str:
     return f"manifest {path}, line {line}"
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
-    if not columns:
-        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
-    for column in columns:
-        if column not in COLUMNS:
-            close = hint(column, COLUMNS)
-            raise ValueError(f"manifest {path}: column {column!r} is not known{close}; allowed are {', '.join(COLUMNS)}")
-    for column in COLUMNS:
-        if columns.count(column) > 1 or (column in ("path", "label") and column not in columns):
-            times = columns.count(column)
-            raise ValueError(f"manifest {path}: column {column!r} is there {times} times; once is needed")
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def first_in_manifest(path: Path) -> str:
-    for row in _rows(path):
+    """The image of its first row. ValueError where there is none."""
+    text = read_text(path, f"manifest {path}")
+    for row in _rows(path, text, _header(path, text)):
         check_path(path.parent, os.path.realpath, row.path, _at(path, row.line))
         return row.path
     raise ValueError(f"manifest {path} has no rows")
@@ -94,7 +114,10 @@ def check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str)
 
 
 def read_manifest(path: Path) -> Listing:
-    rows = list(_rows(path))
+    """All that it lists. ValueError names the line that cannot be read, or the files that are missing."""
+    text = read_text(path, f"manifest {path}")
+    header = _header(path, text)
+    rows = list(_rows(path, text, header))
     if not rows:
         raise ValueError(f"manifest {path} has no rows")
     real = functools.cache(os.path.realpath)
@@ -106,41 +129,61 @@ def read_manifest(path: Path) -> Listing:
             raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
         seen[place] = row.path
     check_files(path.parent, [row.path for row in rows], f"manifest {path}")
-    return _labelled(path, rows)
+    extra = [f"{name!r}{hint(name, COLUMNS)}" for name in header.columns if name not in COLUMNS]
+    notes = [f"columns that are not read: {some(extra)}"] if extra else []
+    return _labelled(path, rows, notes)
 
 
-def _labelled(path: Path, rows: list[Row]) -> Listing:
+def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
+    unlabelled = [row for row in rows if row.label in NO_LABEL]
+    if unlabelled:
+        more = f", nor are {len(unlabelled) - 1} more" if len(unlabelled) > 1 else ""
+        raise ValueError(
+            f"{_at(path, unlabelled[0].line)}: {unlabelled[0].label!r} is not a label{more}; leave out images without one (a"
+            f" class that is really called so can be given as a folder: folder:PATH)"
+        )
     is_split = any(row.split for row in rows)
     for row in rows:
-        if is_split and row.split not in SPLITS:
-            close, allowed = hint(row.split, SPLITS), ", ".join(SPLITS)
+        if is_split and row.split.lower() not in SPLIT_FOLDERS:
+            close, allowed = hint(row.split.lower(), SPLIT_FOLDERS), ", ".join(SPLIT_FOLDERS)
             raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{close}; write one of {allowed}")
-    trained = [row for row in rows if not is_split or SPLITS[row.split] == TRAIN]
+    split = [SPLIT_FOLDERS[row.split.lower()] if is_split else TRAIN for row in rows]
+    trained = [row for row, part in zip(rows, split, strict=True) if part == TRAIN]
     if not trained:
         raise ValueError(f"manifest {path} has no training rows")
     numbers = all(WHOLE.fullmatch(row.label) for row in rows)
 
     def read(text: str) -> str:
-        return str(int(text)) if numbers and WHOLE.fullmatch(text) else text
+        whole = WHOLE.fullmatch(text) if numbers else None
+        return str(int(whole[1])) if whole else text
 
     classes = sorted({read(row.label) for row in trained}, key=int if numbers else None)
     if numbers and int(classes[0]) < 0:
         raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
     index = {name: label for label, name in enumerate(classes)}
-    index[""] = -1
-    for row in rows:
+    unknown = dict.fromkeys(NO_LABEL, -1)
+    others: dict[str, int] = {}  # truths that are no class, and how often
+    for row, part in zip(rows, split, strict=True):
+        truth = read(row.truth)
         if read(row.label) not in index:
             raise ValueError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{hint(row.label, classes)}")
-        if read(row.truth) not in index:
-            close = hint(row.truth, classes)
-            raise ValueError(
-                f"{_at(path, row.line)}: truth {row.truth!r} is not one of the labels{close}; leave empty what is not known"
-            )
+        if truth not in index and truth not in unknown:
+            if part == TEST:
+                close = hint(truth, classes)
+                raise ValueError(f"{_at(path, row.line)}: truth {truth!r} of a test row is not one of the labels{close}")
+            others[truth] = others.get(truth, 0) + 1
+    if others:
+        named = some([f"{name!r}{hint(name, classes)}" for name in others])
+        notes = [*notes, f"a truth that is no label (open set) stands in {sum(others.values())} rows: {named}"]
+    if note := look_alike_note([*classes, *others]):
+        notes = [*notes, note]
+    index = unknown | dict.fromkeys(others, len(classes)) | index
     return Listing(
         path.parent,
         [row.path for row in rows],
         tuple(classes),
         torch.tensor([index[read(row.label)] for row in rows]),
-        torch.tensor([SPLITS[row.split] for row in rows]) if is_split else None,
+        torch.tensor(split) if is_split else None,
         torch.tensor([index[read(row.truth)] for row in rows]),
+        notes=tuple(notes),
     )

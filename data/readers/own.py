@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data.noise import label_bytes
-from data.readers.base import TEST, TRAIN, VALIDATION, Options, RawTable, Source
+from data.readers.base import TRAIN, Options, RawTable, Source
 from data.readers.images import (
     SUFFIXES,
     Listing,
@@ -26,9 +26,9 @@ from data.readers.images import (
     reading,
     shorter_side,
 )
-from data.readers.manifest import SPLITS, check_path, first_in_manifest, hint, read_manifest
+from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, first_in_manifest, read_manifest
+from data.readers.text import hint, look_alike_note
 
-SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ def manifest(argument: str, options: Options) -> Source:
     """``manifest:FILE.csv`` with a header and the columns path, label and, where there are any, truth and split, in any order.
 
     Paths are relative to the file's folder and stay in it. Labels are names or integers; the classes are those that occur, in
-    order, in training rows where there is a split. An empty truth is one that is not known. The split is train, val, validation
-    or test; the label of a test row is its clean label where it has no truth. ValueError names the line that is not so.
+    order, in training rows where there is a split. An empty truth is one that is not known, and one that is no class (open set)
+    counts as a wrong label. The split is written as folders of one are named; the label of a test row is its clean label where
+    it has no truth. The file is a text in UTF-8, or in UTF-16 with a byte order mark, whose cells are separated by commas,
+    semicolons or tabs; other columns are left out with a line. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
     return _source("manifest", path, path.parent, lambda: first_in_manifest(path), lambda: read_manifest(path), options)
@@ -66,6 +68,7 @@ def _source(
 ) -> Source:
     """What both have in common; ``first`` is the first image, within ``top``, which is asked for where no size is given."""
     name = f"{kind}:{path}"
+    said: set[str] = set()
 
     def there() -> None:
         if not (path.is_file() if kind == "manifest" else path.is_dir()):
@@ -84,6 +87,10 @@ def _source(
             found = read()
         if len(found.classes) < 2:
             raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
+        for note in found.notes:
+            if note not in said:
+                log.warning("data set %s: %s", name, note)
+        said.update(found.notes)
         return found
 
     def build() -> RawTable:
@@ -178,4 +185,13 @@ def _read_folder(path: Path) -> Listing:
     for name in names:
         check_path(path, real, name, f"folder {path}")
     is_split = parts != [(TRAIN, path)]
-    return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, ignored=ignored)
+    note = look_alike_note(classes)
+    return Listing(
+        path,
+        names,
+        classes,
+        torch.tensor(labels),
+        torch.tensor(split) if is_split else None,
+        ignored=ignored,
+        notes=(note,) if note else (),
+    )
