@@ -46,6 +46,8 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> Non
         shown = f" (default: {default})" if isinstance(default, (int, float)) and default else ""
         if name in ("set", "range"):
             parser.add_argument(flag, action="append", metavar="NAME=...", help=meaning)
+        elif FIELDS[name].type == "bool":
+            parser.add_argument(flag, action="store_const", const="true", help=meaning)
         else:
             parser.add_argument(flag, metavar=name.split("_")[0].upper(), help=meaning + shown)
 
@@ -196,7 +198,7 @@ def train(options: argparse.Namespace) -> int:
     if options.config and flags:
         raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     recipe = from_yaml(Path(options.config)) if options.config else from_flags(flags)
-    prepare(recipe.data, recipe.image_size, download=options.download)
+    prepare(recipe, download=options.download)
     import torch
 
     from training.experiment import Experiment

@@ -33,7 +33,16 @@ def seconds(method: str, epochs: int) -> float:
     """Wall time of one run at default hyperparameters."""
     trusted = TRUSTED if METHODS[method].needs_trusted else 0
     experiment = Experiment(
-        Recipe(method, {"batch_size": 64}, "digits", "symmetric:0.4", "small-cnn", epochs, 0, trusted=trusted)
+        Recipe(
+            method,
+            {"batch_size": 64},
+            data="digits",
+            noise="symmetric:0.4",
+            model="small-cnn",
+            epochs=epochs,
+            seed=0,
+            trusted=trusted,
+        )
     )
     began = time.perf_counter()
     for _ in experiment:

@@ -92,7 +92,15 @@ def processor_seconds() -> float:
 
 def recipe(method: str, options: argparse.Namespace) -> Recipe:
     data = "digits" if options.data == "digits" else f"cifar-like:{options.samples}"
-    return Recipe(method, {"batch_size": options.batch}, data, "symmetric:0.4", options.model, options.epochs + 1, seed=0)
+    return Recipe(
+        method,
+        {"batch_size": options.batch},
+        data=data,
+        noise="symmetric:0.4",
+        model=options.model,
+        epochs=options.epochs + 1,
+        seed=0,
+    )
 
 
 def ours(method: str, options: argparse.Namespace, device: str) -> Speed:

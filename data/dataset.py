@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,43 @@ from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, re
 from data.seeds import generator
 from data.sources import TEST, TRAIN, VALIDATION, Options, Source, find_source
 from data.table import Labelled, TrainData
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """All that makes a data set: what is read, how its pixels are made, its noise and its split. A trial's recipe is one.
+
+    A field that is newer than the first sweeps is :func:`newer`. A record without it has its default, which is what was done
+    when there was no such field.
+    """
+
+    data: str
+    noise: str
+    noise_seed: int = 0
+    split_seed: int = 0
+    validation_fraction: float = 0.3
+    trusted: int = 0  # samples with clean labels, taken from the training set
+    image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
+    table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
+
+    def options(self, *, download: bool = False) -> Options:
+        """How the source reads its files."""
+        return Options(image_size=self.image_size, download=download)
+
+    def source(self, *, download: bool = False) -> Source:
+        """Where the images and labels come from. ValueError for a name or an argument that means nothing."""
+        return find_source(self.data, self.options(download=download))
+
+    @classmethod
+    def of(cls, other: object) -> DataSpec:
+        """The same fields of a recipe, or of a sweep's spec; those that it lacks have their defaults."""
+        names = (one.name for one in dataclasses.fields(cls))
+        return cls(**{name: getattr(other, name) for name in names if hasattr(other, name)})
+
+
+def newer(default: Any) -> Any:
+    """A field that the first sweeps did not have: a recipe's fingerprint leaves it out where it has its default."""
+    return field(default=default, metadata={"newer": True})
 
 
 @dataclass(frozen=True)
@@ -67,42 +105,31 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(
-    data: str,
-    noise: str,
-    *,
-    seed: int,
-    noise_seed: int,
-    validation_fraction: float = 0.3,
-    test_fraction: float = 0.2,
-    num_trusted: int = 0,
-    options: Options | None = None,
-    checksum: str = "",
-) -> Dataset:
-    """Splits the source ``data`` and corrupts it with ``noise`` (:func:`data.noise.parse_noise`).
+def load(spec: DataSpec, *, test_fraction: float = 0.2) -> Dataset:
+    """Splits the source ``spec.data`` and corrupts it with ``spec.noise`` (:func:`data.noise.parse_noise`).
 
     A source's own test and validation rows stay what they are. Where it has no test rows, ``round(test_fraction * N)`` rows are
     drawn if all clean labels are known; where it has no validation rows, ``round(validation_fraction * rest)`` of the rest are.
     Noise falls on all that is not tested at once, so that its count is exact there; with ``none`` a source keeps its own given
-    labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``num_trusted`` rows leave the
+    labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``trusted`` rows leave the
     training set with their clean labels, as many of each class as of any other (one more of some where it does not divide).
-    ``checksum``: of the table, where it must be the same as before. ValueError for an unknown name, another table, noise that
-    does not fit the source, or numbers that leave too little.
+    ValueError for an unknown name, another table than ``spec.table``, noise that does not fit the source, or numbers that leave
+    too little.
     """
-    source = find_source(data, options)
-    wanted = parse_noise(noise).completed(source.maps)
-    table = same_table(source, checksum)
+    source = spec.source()
+    wanted = parse_noise(spec.noise).completed(source.maps)
+    table = same_table(source, spec.table)
     wanted = wanted.numbered(table.classes)
-    split = _split(source, table, seed, validation_fraction, test_fraction)
-    split = _set_trusted_aside(split, table, source, seed, num_trusted)
+    split = _split(source, table, spec.split_seed, spec.validation_fraction, test_fraction)
+    split = _set_trusted_aside(split, table, source, spec.split_seed, spec.trusted)
     rest = torch.cat([split.train, split.trusted, split.validation]).sort().values
     labels = torch.full((len(table.images),), -1)
-    labels[rest] = _given_labels(table, wanted, rest, source, noise_seed)
+    labels[rest] = _given_labels(table, wanted, rest, source, spec.noise_seed)
     truth = table.truth if table.truth is not None else torch.full_like(labels, -1)
     known = bool((truth[rest] >= 0).all())
     return Dataset(
         train=TrainData(table.images, labels[split.train], split.train),
-        trusted=TrainData(table.images, truth[split.trusted], split.trusted) if num_trusted else None,
+        trusted=TrainData(table.images, truth[split.trusted], split.trusted) if spec.trusted else None,
         train_truth=truth[split.train] if known else None,
         validation=Labelled(table.images, labels[split.validation], split.validation),
         test=Labelled(table.images, truth[split.test], split.test) if len(split.test) else None,

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from data.dataset import DataSpec
 from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
     ROOT,
@@ -140,7 +141,7 @@ def record(tmp_path: Path) -> Path:
 
 def test_a_node_that_sees_storage_and_data(record: Path) -> None:
     before = sorted(record.parent.iterdir())
-    assert why_not_here(str(record), record.read_text(), "digits", 0, "") == ""
+    assert why_not_here(str(record), record.read_text(), DataSpec(data="digits", noise="none")) == ""
     assert sorted(record.parent.iterdir()) == before
 
 
@@ -148,9 +149,9 @@ def test_a_node_with_a_storage_of_its_own(record: Path) -> None:
     """The folder may even be there, with another sweep of that name in it."""
     expected = f"does not see the storage {record.parent.parent}; give --storage a folder that all nodes share under this path"
     text = record.read_text()
-    assert why_not_here(str(record), text + "#", "digits", 0, "") == expected
+    assert why_not_here(str(record), text + "#", DataSpec(data="digits", noise="none")) == expected
     record.unlink()
-    assert why_not_here(str(record), text, "digits", 0, "") == expected
+    assert why_not_here(str(record), text, DataSpec(data="digits", noise="none")) == expected
 
 
 def test_a_node_that_may_not_write(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,17 +159,19 @@ def test_a_node_that_may_not_write(record: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    said = why_not_here(str(record), record.read_text(), "digits", 0, "")
+    said = why_not_here(str(record), record.read_text(), DataSpec(data="digits", noise="none"))
     assert said == f"cannot write the storage {record.parent.parent}: Permission denied"
 
 
 def test_a_node_without_the_data(record: Path, tmp_path: Path) -> None:
-    said = why_not_here(str(record), record.read_text(), f"folder:{tmp_path}/images", 32, "")
+    said = why_not_here(
+        str(record), record.read_text(), DataSpec(data=f"folder:{tmp_path}/images", noise="none", image_size=32)
+    )
     assert said == f"cannot read the data: data set folder:{tmp_path}/images: there is no such folder"
 
 
 def test_a_node_with_other_data(record: Path) -> None:
-    said = why_not_here(str(record), record.read_text(), "digits", 0, "0" * 64)
+    said = why_not_here(str(record), record.read_text(), DataSpec(data="digits", noise="none", table="0" * 64))
     assert re.fullmatch(r"cannot read the data: data set digits has changed: its checksum 0{12} is now [0-9a-f]{12}", said)
 
 

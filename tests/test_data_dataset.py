@@ -13,7 +13,7 @@ import torch
 
 from data import sources
 from data.cache import open_table
-from data.dataset import Dataset, load
+from data.dataset import Dataset, DataSpec, load
 from data.sources import RawTable, Source, find_source
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +29,8 @@ def _cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOISY_LABEL_CACHE", str(folder))
 
 
-def digits(noise: str = "symmetric:0.4", **changes: Any) -> Dataset:
-    return load("digits", noise, **{"seed": 0, "noise_seed": 0, **changes})
+def digits(noise: str = "symmetric:0.4", test_fraction: float = 0.2, **changes: Any) -> Dataset:
+    return load(DataSpec(data="digits", noise=noise, **changes), test_fraction=test_fraction)
 
 
 def truth() -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_noise_and_split_are_separate_streams() -> None:
     assert torch.equal(first.split.test, other_noise.split.test)
     assert not torch.equal(first.train.labels, other_noise.train.labels)
     # the same places among the rows that are not test rows are corrupted, whichever rows these are
-    other_split = digits(seed=1)
+    other_split = digits(split_seed=1)
     assert not torch.equal(first.split.test, other_split.split.test)
     places = []
     for dataset in (first, other_split):
@@ -126,7 +126,7 @@ def test_the_fingerprint_follows_what_a_sweep_depends_on() -> None:
     first = digits()
     assert first.fingerprint == digits().fingerprint
     assert first.fingerprint == digits("symmetric:0.40").fingerprint
-    changed = [digits(seed=1), digits(noise_seed=1), digits("symmetric:0.2"), digits(validation_fraction=0.5)]
+    changed = [digits(split_seed=1), digits(noise_seed=1), digits("symmetric:0.2"), digits(validation_fraction=0.5)]
     changed.append(dataclasses.replace(first, checksum="0" * 64))
     swapped = dataclasses.replace(first.split, train=first.split.test, test=first.split.train)
     changed.append(dataclasses.replace(first, split=swapped))
@@ -141,7 +141,7 @@ def test_the_fingerprint_follows_what_a_sweep_depends_on() -> None:
 
 @pytest.mark.parametrize("num_trusted", [10, 95, 100])
 def test_trusted_samples_are_clean_balanced_and_out_of_the_training_set(num_trusted: int) -> None:
-    before, after = digits(), digits(num_trusted=num_trusted)
+    before, after = digits(), digits(trusted=num_trusted)
     assert before.trusted is None
     assert after.trusted is not None
     split = after.split
@@ -154,14 +154,14 @@ def test_trusted_samples_are_clean_balanced_and_out_of_the_training_set(num_trus
     assert torch.cat([split.train, split.trusted]).sort().values.tolist() == before.split.train.tolist()
     assert labels_by_row(after).items() <= labels_by_row(before).items(), "the others keep their labels"
     assert torch.equal(split.validation, before.split.validation)
-    assert len({before.fingerprint, after.fingerprint, digits(num_trusted=num_trusted + 1).fingerprint}) == 3
+    assert len({before.fingerprint, after.fingerprint, digits(trusted=num_trusted + 1).fingerprint}) == 3
 
 
 def test_more_trusted_samples_than_there_are_in_balanced_classes_are_refused() -> None:
     smallest = int(torch.bincount(truth()[digits().split.train]).min())
-    digits(num_trusted=10 * smallest)
+    digits(trusted=10 * smallest)
     with pytest.raises(ValueError, match=rf"--trusted: {10 * smallest + 1} is not allowed; .* {10 * smallest} in balanced"):
-        digits(num_trusted=10 * smallest + 1)
+        digits(trusted=10 * smallest + 1)
 
 
 def test_nothing_is_held_out_for_a_test_that_is_not_wanted() -> None:
@@ -191,7 +191,7 @@ def test_too_few_samples_are_refused() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown data set 'x'"):
-        load("x", "none", seed=0, noise_seed=0)
+        load(DataSpec(data="x", noise="none"))
     with pytest.raises(ValueError, match="unknown kind 'flip'"):
         digits("flip:0.4")
 
@@ -206,27 +206,27 @@ def test_a_source_with_labels_of_its_own_keeps_them_unless_noise_is_asked_for(mo
     clean = torch.arange(10) % 3
     monkeypatch.setitem(sources.READERS, "annotated", lambda *_: annotated("annotated", clean))
     given = torch.tensor([1, 1, 2, 0, 1, 2, 0, 1, 2, 0])  # differs from the truth in row 0 only
-    kept = load("annotated", "none", seed=0, noise_seed=0)
+    kept = load(DataSpec(data="annotated", noise="none"))
     rest = torch.cat([kept.split.train, kept.split.validation]).tolist()
     assert labels_by_row(kept) == {row: int(given[row]) for row in rest}
     assert kept.noise is not None
     assert kept.noise.realised_rate == (0 in rest) / 8
     assert kept.test is not None
     assert torch.equal(kept.test.labels, clean[kept.split.test])
-    asked = load("annotated", "symmetric:0", seed=0, noise_seed=0)
+    asked = load(DataSpec(data="annotated", noise="symmetric:0"))
     assert labels_by_row(asked) == {row: row % 3 for row in rest}  # noise falls on the truth
 
 
 def test_a_source_without_truth_has_no_test_set_and_takes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sources.READERS, "wild", lambda *_: annotated("wild", None))
-    wild = load("wild", "none", seed=0, noise_seed=0)
+    wild = load(DataSpec(data="wild", noise="none"))
     assert (wild.test, wild.train_truth, wild.noise) == (None, None, None)
     assert (len(wild.split.train), len(wild.split.validation)) == (7, 3)
     assert isinstance(wild.fingerprint, str)
     with pytest.raises(ValueError, match=r"noise 'symmetric:0.4': data set 'wild' has no clean labels"):
-        load("wild", "symmetric:0.4", seed=0, noise_seed=0)
+        load(DataSpec(data="wild", noise="symmetric:0.4"))
     with pytest.raises(ValueError, match=r"noise 'asymmetric:0.4': data set 'wild' has no clean labels"):
-        load("wild", "asymmetric:0.4", seed=0, noise_seed=0)
+        load(DataSpec(data="wild", noise="asymmetric:0.4"))
 
 
 def test_a_sources_own_split_stays_and_only_what_it_lacks_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,19 +234,19 @@ def test_a_sources_own_split_stays_and_only_what_it_lacks_is_drawn(monkeypatch: 
     clean = torch.tensor([-1, -1, -1, -1, -1, -1, 2, 0, -1, -1])
     split = torch.tensor([0, 0, 0, 0, 0, 0, 2, 2, 0, 0])
     monkeypatch.setitem(sources.READERS, "tested", lambda *_: annotated("tested", clean, split))
-    tested = load("tested", "none", seed=0, noise_seed=0)
+    tested = load(DataSpec(data="tested", noise="none"))
     assert tested.split.test.tolist() == [6, 7]
     assert tested.test is not None
     assert tested.test.labels.tolist() == [2, 0]
     assert (tested.train_truth, tested.noise) == (None, None)
     assert (len(tested.split.train), len(tested.split.validation)) == (6, 2)
     with pytest.raises(ValueError, match=r"noise 'symmetric:0.4': data set 'tested' has no clean labels"):
-        load("tested", "symmetric:0.4", seed=0, noise_seed=0)
+        load(DataSpec(data="tested", noise="symmetric:0.4"))
     with pytest.raises(ValueError, match=r"--trusted: 3 is not allowed; data set 'tested' has no clean labels"):
-        load("tested", "none", seed=0, noise_seed=0, num_trusted=3)
+        load(DataSpec(data="tested", noise="none", trusted=3))
     split = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 0, 0])
     monkeypatch.setitem(sources.READERS, "split", lambda *_: annotated("split", clean, split))
-    divided = load("split", "none", seed=0, noise_seed=0)
+    divided = load(DataSpec(data="split", noise="none"))
     assert divided.split.validation.tolist() == [4, 5]
     assert divided.split.train.tolist() == [0, 1, 2, 3, 8, 9]
 
@@ -256,14 +256,14 @@ def test_random_numbers_follow_the_stream_and_not_the_name(monkeypatch: pytest.M
     for name in ("here", "there"):
         source = dataclasses.replace(annotated(name, torch.arange(10) % 3), stream="folder")
         monkeypatch.setitem(sources.READERS, name, lambda *_, source=source: source)
-    here, there = (load(name, "symmetric:0.4", seed=0, noise_seed=0) for name in ("here", "there"))
+    here, there = (load(DataSpec(data=name, noise="symmetric:0.4")) for name in ("here", "there"))
     assert here.fingerprint == there.fingerprint
 
 
 READER = """
 import sys, psutil, torch
 from data import sources
-from data.dataset import load
+from data.dataset import DataSpec, load
 from data.sources import RawTable, Source
 
 torch.set_num_threads(1)
@@ -271,9 +271,9 @@ images = lambda: torch.randint(256, (4096, 3, 128, 128), dtype=torch.uint8)
 source = Source("large", "large", lambda: RawTable.of(images(), 2, truth=torch.arange(4096) % 2), defaults={})
 sources.READERS["large"] = lambda *_: source
 if sys.argv[1] == "build":
-    load("large", "symmetric:0.4", seed=0, noise_seed=0)
+    load(DataSpec(data="large", noise="symmetric:0.4"))
     sys.exit()
-data = load("large", "symmetric:0.4", seed=0, noise_seed=0)
+data = load(DataSpec(data="large", noise="symmetric:0.4"))
 for part in (data.train, data.validation, data.test):
     for batch in part.in_order(64):
         batch.images.sum()

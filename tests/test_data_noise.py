@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from data.dataset import load
+from data.dataset import DataSpec, load
 from data.noise import Noise, corrupt, instance_labels, parse_noise, report
 from data.seeds import generator
 
@@ -294,7 +294,7 @@ def test_report_agrees_with_sklearn() -> None:
 
 
 def test_instance_noise_on_a_data_set() -> None:
-    first, second = (load("digits", "instance:0.3", seed=0, noise_seed=0, validation_fraction=share) for share in (0.3, 0.5))
+    first, second = (load(DataSpec(data="digits", noise="instance:0.3", validation_fraction=share)) for share in (0.3, 0.5))
     assert first.noise is not None
     assert second.noise is not None
     assert first.noise.realised_rate == pytest.approx(0.3, abs=4 * (0.21 / 1438) ** 0.5)

@@ -26,7 +26,16 @@ def first_losses(method: str) -> dict[str, list[float]]:
     found = {}
     for name, epoch in (("start", 0), ("middle", 15)):
         trusted = 50 if METHODS[method].needs_trusted else 0
-        recipe = Recipe(method, {"batch_size": 64}, "digits", "symmetric:0.4", "small-cnn", 30, seed=0, trusted=trusted)
+        recipe = Recipe(
+            method,
+            {"batch_size": 64},
+            data="digits",
+            noise="symmetric:0.4",
+            model="small-cnn",
+            epochs=30,
+            seed=0,
+            trusted=trusted,
+        )
         experiment = Experiment(recipe)
         learner, clock = experiment.method, Clock(epoch, 30)
         torch.manual_seed(derive("epoch", 0, epoch))

@@ -290,7 +290,7 @@ def test_labels_harden_gradually_and_the_hard_ones_are_the_right_ones() -> None:
     values: dict[str, Any] = {"batch_size": 64, "warmup": 0.3, "memory": 0.1}
 
     def history(method: str, **more: float) -> list[dict[str, float]]:
-        recipe = Recipe(method, values | more, "digits", "symmetric:0.4", "small-cnn", epochs=20, seed=0)
+        recipe = Recipe(method, values | more, data="digits", noise="symmetric:0.4", model="small-cnn", epochs=20, seed=0)
         return [record.metrics for record in Experiment(recipe)]
 
     alr, selc = history("alr", entropy_weight=0.6), history("selc")

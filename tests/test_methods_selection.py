@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional
 
-from data.dataset import load
+from data.dataset import DataSpec, load
 from data.seeds import derive, generator
 from data.table import Batch, TrainData
 from methods.aum import AUM, AUMConfig, flagged, margin
@@ -293,7 +293,7 @@ def test_a_clean_batch_has_no_row_twice_and_changes_from_step_to_step(batch_size
 
 
 def test_trusted_and_training_samples_are_disjoint() -> None:
-    dataset = load("digits", "symmetric:0.4", seed=0, noise_seed=0, num_trusted=50)
+    dataset = load(DataSpec(data="digits", noise="symmetric:0.4", trusted=50))
     assert dataset.trusted is not None
     assert len(dataset.trusted) == 50
     assert not set(dataset.split.trusted.tolist()) & set(dataset.split.train.tolist())

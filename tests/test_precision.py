@@ -123,7 +123,9 @@ def test_a_second_network_of_the_same_shape_is_not_compiled_again(graphs: list[i
 @pytest.mark.parametrize("name", ["alr", "mw-net"])
 def test_a_compiled_trial_has_the_numbers_of_one_that_is_not(name: str, graphs: list[int]) -> None:
     """Meta-Weight-Net differentiates a gradient, which a compiled network cannot: its networks stay as they are."""
-    recipe = Recipe(name, {"batch_size": 256}, "digits", "symmetric:0.4", "small-cnn", 2, 0, trusted=20)
+    recipe = Recipe(
+        name, {"batch_size": 256}, data="digits", noise="symmetric:0.4", model="small-cnn", epochs=2, seed=0, trusted=20
+    )
     numbers = []
     for compiled in ("off", "on"):
         recipe = Recipe(**{**vars(recipe), "compile": compiled})

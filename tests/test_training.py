@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from data.dataset import Dataset, load
+from data.dataset import Dataset, DataSpec, load
 from data.table import Labelled, TrainData
 from methods.base import Clock, Step
 from tests.sweeps import in_child
@@ -235,7 +235,7 @@ class Scripted(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load("digits", "symmetric:0.4", seed=0, noise_seed=0, validation_fraction=0.3)
+    return load(DataSpec(data="digits", noise="symmetric:0.4"))
 
 
 def run(method: Any, digits: Dataset, **options: Any) -> list[dict[str, float]]:
@@ -310,7 +310,7 @@ def test_the_window_of_the_objective() -> None:
 
 def make_recipe(method: str = "alr", epochs: int = 5, **fields: Any) -> Recipe:
     values = {"batch_size": 256, **fields.pop("values", {})}
-    return Recipe(method, values, "digits", "symmetric:0.4", "mlp", epochs, **{"seed": 5, **fields})
+    return Recipe(method, values, data="digits", noise="symmetric:0.4", model="mlp", epochs=epochs, **{"seed": 5, **fields})
 
 
 def flat(state: Any, name: str = "") -> dict[str, Any]:
@@ -448,6 +448,12 @@ def test_a_recipe_survives_the_way_to_a_worker() -> None:
     again = Recipe(**pickle.loads(pickle.dumps(vars(recipe))))
     assert (again, again.fingerprint) == (recipe, recipe.fingerprint)
     assert dataclasses.replace(recipe, seed=6).fingerprint != recipe.fingerprint
+
+
+def test_the_fingerprint_is_that_of_checkpoints_of_the_first_version() -> None:
+    """The number was printed by version f27d56c, whose recipes had no fields that are newer."""
+    recipe = Recipe("ce", {"lr": 0.05}, "mlp", 3, 1, data="digits", noise="symmetric:0.4", noise_seed=2, table="ab")
+    assert recipe.fingerprint == "bd0021618d37b447ff7d82d32d2bc9ea029b1ae0bd898af536f1f272f1d02128"
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from data.dataset import Dataset, load
+from data.dataset import Dataset, DataSpec, load
 from data.seeds import derive
-from data.sources import Options
 from data.table import Labelled
 from data.views import make_views
 from hparams import Value, build
@@ -32,35 +31,28 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(DataSpec):
     """All that a trial's numbers depend on. ``values`` are the fields of the method's Config that differ from its defaults."""
 
     method: str
     values: dict[str, Value]
-    data: str
-    noise: str
     model: str
     epochs: int
     seed: int  # initialisation and order
-    noise_seed: int = 0
-    split_seed: int = 0
-    validation_fraction: float = 0.3
-    trusted: int = 0  # samples with clean labels, taken from the training set
-    image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
     precision: str = "auto"  # see models.Network.tuned
     compile: str = "off"  # on or off
-    table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal recipes only; a checkpoint carries it."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """Equal for equal recipes only; a checkpoint carries it, one of a version before too."""
+        newer = {f.name for f in dataclasses.fields(self) if f.metadata.get("newer") and getattr(self, f.name) == f.default}
+        said = {name: value for name, value in dataclasses.asdict(self).items() if name not in newer}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def dataset(self, device: str = "cpu") -> Dataset:
         """The data set that it is run on, for batches on ``device``."""
-        names = ("data", "noise", "split_seed", "noise_seed", "validation_fraction", "trusted", "image_size", "table")
-        fields = tuple(getattr(self, name) for name in names)
-        return _dataset(*fields) if device == "cpu" else _moved(fields, device)
+        spec = DataSpec.of(self)
+        return _dataset(spec) if device == "cpu" else _moved(spec, device)
 
 
 @dataclass(frozen=True)
@@ -74,34 +66,16 @@ class EpochRecord:
 
 
 @lru_cache(maxsize=2)
-def _dataset(
-    data: str,
-    noise: str,
-    split_seed: int,
-    noise_seed: int,
-    validation_fraction: float,
-    num_trusted: int,
-    image_size: int,
-    checksum: str,
-) -> Dataset:
+def _dataset(spec: DataSpec) -> Dataset:
     """Shared by the trials of a reused worker. ValueError where the source is not the one with that checksum."""
-    return load(
-        data,
-        noise,
-        seed=split_seed,
-        noise_seed=noise_seed,
-        validation_fraction=validation_fraction,
-        num_trusted=num_trusted,
-        options=Options(image_size=image_size),
-        checksum=checksum,
-    )
+    return load(spec)
 
 
 @lru_cache(maxsize=2)
-def _moved(fields: tuple[Any, ...], device: str) -> Dataset:
+def _moved(spec: DataSpec, device: str) -> Dataset:
     """The same with its tensors on another device; a table that would take more than a quarter of the trial's share of the
     device's memory stays where it is, and batches move."""
-    dataset = _dataset(*fields)
+    dataset = _dataset(spec)
     share = torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
     stays = dataset.train.images.nbytes > share / 4
 

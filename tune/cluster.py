@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.cache import same_table
-from data.sources import Options, find_source
+from data.dataset import DataSpec
 from training.locations import check_writable, location
 from tune.desk import Desk
 from tune.files import PROBE
@@ -163,8 +164,8 @@ class Nodes:
         pinned = NodeAffinitySchedulingStrategy(key, soft=False)
         question: Any = ray.remote(why_not_here)
         ask = question.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
-        table = str(self.sweep.provenance.get("table", ""))
-        return ask.remote(self._probe(), self.sweep.provenance["id"], self.spec.data, self.spec.image_size, table)
+        data = dataclasses.replace(DataSpec.of(self.spec), table=str(self.sweep.provenance.get("table", "")))
+        return ask.remote(self._probe(), self.sweep.provenance["id"], data)
 
     def _probe(self) -> str:
         """A file in the sweep's folder that no other sweep has."""
@@ -200,7 +201,7 @@ class Nodes:
         self.able.add(key)
 
 
-def why_not_here(probe: str, text: str, data: str, image_size: int, checksum: str) -> str:
+def why_not_here(probe: str, text: str, data: DataSpec) -> str:
     """Why no trial of a sweep can run on the node that this is called on; empty where one can.
 
     The file ``probe`` holds ``text`` where the sweep's folder is the driver's. The data are decoded into the node's cache.
@@ -217,7 +218,7 @@ def why_not_here(probe: str, text: str, data: str, image_size: int, checksum: st
     except OSError as error:
         return f"cannot write the storage {folder.parent}: {error.strerror or error}"
     try:
-        same_table(find_source(data, Options(image_size=image_size)), checksum)
+        same_table(data.source(), data.table)
     except (ValueError, OSError) as error:
         return f"cannot read the data: {error}"
     return ""

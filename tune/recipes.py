@@ -10,14 +10,13 @@ from typing import Any
 import yaml
 
 from data.cache import open_table
-from data.dataset import Dataset
-from data.sources import Options, find_source
+from data.dataset import Dataset, DataSpec
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
 from tune.ledger import Ledger, Record
 from tune.space import Space
-from tune.spec import SpecLoader, SweepSpec, make_spec, read_field
+from tune.spec import FIELDS, SpecLoader, SweepSpec, make_spec, read_field
 
 
 def of_trial(ledger: Ledger, record: Record) -> Recipe:
@@ -27,34 +26,21 @@ def of_trial(ledger: Ledger, record: Record) -> Recipe:
     return dataclasses.replace(recipe, table=ledger.sweep.provenance.get("table", ""))
 
 
-def prepare(data: str, image_size: int, *, download: bool = False) -> None:
+def prepare(spec: DataSpec, *, download: bool = False) -> None:
     """Decodes a data set into this machine's cache, again where it has changed since."""
-    open_table(find_source(data, Options(image_size=image_size, download=download)), fresh=True)
+    open_table(spec.source(download=download), fresh=True)
 
 
 def dataset(spec: SweepSpec, *, download: bool = False) -> Dataset:
     """What every trial of a sweep is run on, in main memory; read again where it has changed."""
-    prepare(spec.data, spec.image_size, download=download)
+    prepare(DataSpec.of(spec), download=download)
     return _recipe(spec, spec.method[0], {}, seed=spec.seed, noise_seed=spec.noise_seed).dataset()
 
 
 def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: int, noise_seed: int) -> Recipe:
-    return Recipe(
-        method=method,
-        values=dict(values),
-        data=spec.data,
-        noise=spec.noise,
-        model=spec.model,
-        epochs=spec.epochs,
-        seed=seed,
-        noise_seed=noise_seed,
-        split_seed=spec.split_seed,
-        validation_fraction=spec.validation_fraction,
-        trusted=spec.trusted,
-        image_size=spec.image_size,
-        precision=spec.precision,
-        compile=spec.compile,
-    )
+    names = {field.name for field in dataclasses.fields(Recipe)} & set(FIELDS)
+    of_spec = {name: getattr(spec, name) for name in names}
+    return Recipe(**{**of_spec, "method": method, "values": dict(values), "seed": seed, "noise_seed": noise_seed})
 
 
 def from_flags(flags: Mapping[str, Any]) -> Recipe:

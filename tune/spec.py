@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from data.dataset import DataSpec
 from data.noise import parse_noise
-from data.sources import Options, Source, find_source
+from data.sources import Source
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
@@ -104,7 +105,7 @@ class SweepSpec:
 
     def source(self) -> Source:
         """Where its data come from."""
-        return find_source(self.data, Options(image_size=self.image_size))
+        return DataSpec.of(self).source()
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
@@ -133,6 +134,11 @@ def read_field(name: str, value: object, *, stored: bool = False) -> Any:
     if name == "method":
         words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
         return tuple(dict.fromkeys(words))
+    if declared.type == "bool":
+        word = str(value).strip().lower()
+        if word not in ("true", "false"):
+            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
+        return word == "true"
     kind = {"int": int, "float": float, "str": str}[str(declared.type)]
     try:
         result = kind(str(value).strip())
