@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.readers.manifest import NO_LABEL
-from data.readers.text import look_alikes
 from data.sources import TEST, TRAIN, VALIDATION, Options, find_source
+from data.text import look_alikes
 from tests.test_data_readers_own import decoded, refused, save, write
 
 

@@ -16,7 +16,7 @@ import torch
 
 from data.readers.base import TEST, TRAIN, VALIDATION
 from data.readers.images import Listing, check_files, is_inside
-from data.readers.text import hint, look_alike_note, read_text, some
+from data.text import hint, look_alike_note, read_text, some
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
 SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case

@@ -27,7 +27,7 @@ from data.readers.images import (
     shorter_side,
 )
 from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, first_in_manifest, read_manifest
-from data.readers.text import hint, look_alike_note
+from data.text import hint, look_alike_note
 
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 log = logging.getLogger(__name__)
