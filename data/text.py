@@ -58,7 +58,8 @@ PACKED_TABLES = {"xl/workbook.xml": "an Excel workbook", "content.xml": "an Open
 
 def hint(word: str, known: Iterable[str]) -> str:
     """The known word that is meant, in brackets, where one is close."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    known = list(known)
+    close = [name for name in known if _folded(name) == _folded(word)] or difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
