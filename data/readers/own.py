@@ -63,12 +63,17 @@ def _path(kind: str, argument: str, form: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(argument)))
 
 
+@functools.cache
+def _say(line: str) -> None:
+    """Once in a process, however often a data set is listed."""
+    log.warning("%s", line)
+
+
 def _source(
     kind: str, path: Path, top: Path, first: Callable[[], str], read: Callable[[], Listing], options: Options
 ) -> Source:
     """What both have in common; ``first`` is the first image, within ``top``, which is asked for where no size is given."""
     name = f"{kind}:{path}"
-    said: set[str] = set()
 
     def there() -> None:
         if not (path.is_file() if kind == "manifest" else path.is_dir()):
@@ -88,9 +93,7 @@ def _source(
         if len(found.classes) < 2:
             raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
         for note in found.notes:
-            if note not in said:
-                log.warning("data set %s: %s", name, note)
-        said.update(found.notes)
+            _say(f"data set {name}: {note}")
         return found
 
     def build() -> RawTable:
