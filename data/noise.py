@@ -245,7 +245,7 @@ class NoiseReport:
     def __str__(self) -> str:
         over = f" over the {self.num_known} of {self.num_labels} labels whose clean one is known"
         over = over if self.num_known < self.num_labels else ""
-        of_none = f" ({self.num_open} images are of no class)" if self.num_open else ""
+        of_none = f" (of no class: {self.num_open})" if self.num_open else ""
         return f"realised rate {self.realised_rate:.4f}{over}{of_none}, labels {self.label_checksum[:12]}"
 
 

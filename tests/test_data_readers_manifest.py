@@ -116,6 +116,10 @@ def test_a_manifest_without_truth_has_none(pictures: Path) -> None:
         ("path,label,split\nsub/0.png,a,train\nsub/1.png,a,train\nsub/2.png,a,test\n", "at least two classes, not 1"),
         ("path,label\nsub/0.png,a\nsub/8.png,b\nsub/9.png,b\nsub/1.png/x,b\n", "sub/8.png is missing in .*, and 2 more$"),
         ("path,label\nsub/0.png,a\nsub/8.png,b\n", "sub/8.png is missing in [^,]*$"),
+        (
+            "path,label\nsub/8.png,a\nsub/0.png,a\nsub/9.png,b\n",
+            "^manifest .*list.csv: sub/8.png is missing in .*, and 1 more$",
+        ),
         ('path,label\nsub/0.png,"a\n', "after line 2: unexpected end of data"),
     ],
 )
@@ -256,7 +260,7 @@ def test_integers_that_pandas_wrote_as_floats(pictures: Path) -> None:
 def test_a_truth_that_is_no_label_is_of_no_class(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "path,label,truth\nsub/0.png,cat,cta\nsub/1.png,dog,\nsub/2.png,dog,dog\nsub/3.png,dog,boat\nsub/4.png,cat,boat\n"
     data = write(pictures, text)
-    assert notes(data, caplog) == ["a truth that is no label (open set) stands in 3 rows: 'cta' (did you mean 'cat'?), 'boat'"]
+    assert notes(data, caplog) == ["rows whose truth is no label (open set): 3, with 'cta' (did you mean 'cat'?), 'boat'"]
     table = find_source(data).build()
     assert (table.num_classes, table.classes) == (2, ("cat", "dog"))
     assert table.truth is not None

@@ -207,7 +207,7 @@ def test_a_small_clean_set_is_enough_for_trusted_rows(monkeypatch: pytest.Monkey
     assert (dataset.noise.num_labels, dataset.noise.num_known, dataset.noise.num_open) == (60, 12, 2)
     assert dataset.noise.realised_rate == 3 / 12  # row 4, and the two of no class
     assert dataset.noise.matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1 / 4, 3 / 4]]
-    assert " 0.2500 over the 12 of 60 labels whose clean one is known (2 images are of no class), labels " in str(dataset.noise)
+    assert " 0.2500 over the 12 of 60 labels whose clean one is known (of no class: 2), labels " in str(dataset.noise)
     assert dataset.remarks() == [
         "statistics of labels are over the training and validation images whose clean label is known; no test images are drawn"
         " from them (a list can name some: split test)"

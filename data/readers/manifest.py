@@ -93,12 +93,8 @@ def _at(path: Path, line: int) -> str:
 
 
 def first_in_manifest(path: Path) -> str:
-    """The image of its first row. ValueError where there is none."""
-    text = read_text(path, f"manifest {path}")
-    for row in _rows(path, text, _header(path, text)):
-        check_path(path.parent, os.path.realpath, row.path, _at(path, row.line))
-        return row.path
-    raise ValueError(f"manifest {path} has no rows")
+    """The image of its first row, where all rows can be used."""
+    return read_manifest(path).names[0]
 
 
 def check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str) -> None:
@@ -174,7 +170,7 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
             others[truth] = others.get(truth, 0) + 1
     if others:
         named = some([f"{name!r}{hint(name, classes)}" for name in others])
-        notes = [*notes, f"a truth that is no label (open set) stands in {sum(others.values())} rows: {named}"]
+        notes = [*notes, f"rows whose truth is no label (open set): {sum(others.values())}, with {named}"]
     if note := look_alike_note([*classes, *others]):
         notes = [*notes, note]
     index = unknown | dict.fromkeys(others, len(classes)) | index
