@@ -21,11 +21,11 @@ from data.text import hint
 
 KINDS = ("none", "symmetric", "asymmetric", "pair", "instance")
 FORMS = (
-    "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE, asymmetric:RATE:MAP, asymmetric:RATE:7>1,2>7, "
-    "pair:RATE or instance:RATE"
+    "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE, asymmetric:RATE:MAP, asymmetric:RATE:7>1,2>7 (by "
+    "number or by name), pair:RATE or instance:RATE"
 )
 FLIP = re.compile(r'\s*("(?:[^"]|"")*"|[^",>]+?)\s*>\s*("(?:[^"]|"")*"|[^",>]+?)\s*(,|$)')
-PLAIN = re.compile(r'(?! )(?![0-9]+$)[^",>]+(?<! )')  # a class name that needs no quotes in a map
+PLAIN = re.compile(r'(?!\s)(?![0-9]+\Z)[^",>]+(?<!\s)')  # a class name that needs no quotes in a map
 SPREAD = 0.1  # standard deviation of the flip probabilities of instance-dependent noise
 CHUNK_VALUES = 2**22  # pixels that are looked at in one go: 32 MB
 Images = Callable[[Tensor], Tensor]  # rows int64 [b] of those that are corrupted -> their images, uint8 [b, C, H, W]

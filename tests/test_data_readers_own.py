@@ -127,6 +127,22 @@ def test_a_folder_that_is_refused(tmp_path: Path) -> None:
     refused(f"folder:{tmp_path}/one", "dog/2.png is missing")
 
 
+def test_images_without_labels_beside_the_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/cat/0.png", "train/dog/0.png", "Test/0.png", "Test/1.png", "val/cat/0.png", "val/0.png"):
+        save(tmp_path / name)
+    with caplog.at_level(logging.WARNING):
+        table = find_source(f"folder:{tmp_path}").build()
+    assert table.split is not None
+    assert table.split.tolist() == [TRAIN, TRAIN, VALIDATION]
+    for part, number in (("Test", 2), ("val", 1)):
+        said = f"data set folder:{tmp_path}: images in {part} without a class folder have no labels and are left out: {number}"
+        assert said in [record.getMessage() for record in caplog.records]
+    save(tmp_path / "Test" / "unknown" / "0.png")
+    refused(
+        f"folder:{tmp_path}", "'unknown' is not in train; each folder there is a class, and images without labels have to be m"
+    )
+
+
 def test_links_of_a_folder_stay_inside_it(animals: Path) -> None:
     data = f"folder:{animals}"
     save(animals.parent / "secret.png")

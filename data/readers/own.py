@@ -29,6 +29,7 @@ from data.readers.images import (
 from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, first_in_manifest, read_manifest
 from data.text import hint, look_alike_note
 
+MOVE = "each folder there is a class, and images without labels have to be moved away"
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,12 @@ def _images(path: Path) -> tuple[list[Path], int]:
     return images, len(files) - len(images)
 
 
+def _unlabelled_note(part: Path) -> str:
+    """A line on images of a part that lie in no class folder, as a competition's test images do; empty where there are none."""
+    number = sum(map(is_image, entries(part)[1]))
+    return f"images in {part.name} without a class folder have no labels and are left out: {number}" if number else ""
+
+
 def _read_folder(path: Path) -> Listing:
     parts = _parts(path)
     classes = tuple(below.name for below in entries(parts[0][1])[0])
@@ -177,7 +184,7 @@ def _read_folder(path: Path) -> Listing:
     for kind, part in parts:
         for below in entries(part)[0]:
             if below.name not in classes:
-                raise ValueError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}")
+                raise ValueError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}; {MOVE}")
             images, others = _images(below)
             names += [str(image.relative_to(path)) for image in images]
             labels += [classes.index(below.name)] * len(images)
@@ -188,7 +195,7 @@ def _read_folder(path: Path) -> Listing:
     for name in names:
         check_path(path, real, name, f"folder {path}")
     is_split = parts != [(TRAIN, path)]
-    note = look_alike_note(classes)
+    notes = filter(None, [look_alike_note(classes), *map(_unlabelled_note, (part for kind, part in parts if kind != TRAIN))])
     return Listing(
         path,
         names,
@@ -196,5 +203,5 @@ def _read_folder(path: Path) -> Listing:
         torch.tensor(labels),
         torch.tensor(split) if is_split else None,
         ignored=ignored,
-        notes=(note,) if note else (),
+        notes=tuple(notes),
     )
