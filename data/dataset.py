@@ -87,7 +87,7 @@ class Dataset:
         channels, stored = self.train.images.shape[1:3]
         return channels, self.source.input_size or stored
 
-    def remarks(self) -> list[str]:
+    def label_remarks(self) -> list[str]:
         """What a user should know of its classes and clean labels before a search begins, each a line."""
         train, validation = (torch.bincount(part.labels, minlength=self.num_classes) for part in (self.train, self.validation))
         names = list(self.classes) or [str(label) for label in range(self.num_classes)]

@@ -137,25 +137,27 @@ def test_of_150_classes_with_two_images_each_every_one_is_learnt_and_half_valida
     assert torch.bincount(dataset.train.labels, minlength=150).min() == 1
     assert len(dataset.validation) == 90  # 0.3 * 300, of 90 classes
     assert torch.bincount(dataset.validation.labels).max() == 1
-    assert dataset.remarks() == ["60 of 150 classes have no validation image, so that the search does not see how they do"]
+    assert dataset.label_remarks() == [
+        "60 of 150 classes have no validation image, so that the search does not see how they do"
+    ]
     before = load_with(monkeypatch, labels, {"split": ""})
     assert torch.bincount(before.train.labels, minlength=150).min() == 0
-    assert before.remarks()[0].startswith("classes without a training image, which nothing is learnt of: 'c")
+    assert before.label_remarks()[0].startswith("classes without a training image, which nothing is learnt of: 'c")
 
 
 def test_single_images_are_learnt_from_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_with(monkeypatch, [0] * 10 + [1] * 10 + [2, 3], {})
     assert torch.bincount(dataset.train.labels).tolist() == [7, 7, 1, 1]
-    assert dataset.remarks() == [
+    assert dataset.label_remarks() == [
         "2 of 4 classes have no validation image, so that the search does not see how they do; 2 have a single image, which is"
         " learnt from"
     ]
-    assert load_with(monkeypatch, [0] * 10 + [1] * 10, {}).remarks() == []
+    assert load_with(monkeypatch, [0] * 10 + [1] * 10, {}).label_remarks() == []
 
 
 def test_classes_that_a_sources_own_split_leaves_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_with(monkeypatch, [0, 0, 0, 1, 2, 2], {}, split=[TRAIN, TRAIN, VALIDATION, VALIDATION, TRAIN, VALIDATION])
-    assert dataset.remarks() == ["classes without a training image, which nothing is learnt of: 'c1'"]
+    assert dataset.label_remarks() == ["classes without a training image, which nothing is learnt of: 'c1'"]
 
 
 def test_noise_moves_no_row_and_the_sources_own_labels_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,7 @@ def test_a_small_clean_set_is_enough_for_trusted_rows(monkeypatch: pytest.Monkey
     assert dataset.noise.realised_rate == 3 / 12  # row 4, and the two of no class
     assert dataset.noise.matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1 / 4, 3 / 4]]
     assert " 0.2500 over the 12 of 60 labels whose clean one is known (of no class: 2), labels " in str(dataset.noise)
-    assert dataset.remarks() == [
+    assert dataset.label_remarks() == [
         "statistics of labels are over the training and validation images whose clean label is known; no test images are drawn"
         " from them (a list can name some: split test)"
     ]

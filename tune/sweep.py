@@ -154,7 +154,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     if mapping and dataset.classes:
         flips = [f"{dataset.classes[int(one)]} to {dataset.classes[int(other)]}" for one, other in mapping]
         lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")
-    lines += dataset.remarks()
+    lines += dataset.label_remarks()
     if not spec.gpus_per_trial and not address_of(spec) and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
