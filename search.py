@@ -91,8 +91,8 @@ def build_parser() -> Parser:
     sub = add("train", "one run, without Ray: a best_config.yaml, or a method and its values", named=False)
     sub.add_argument("config", nargs="?", metavar="best_config.yaml", help="a configuration that a sweep wrote")
     sub.add_argument("--download", action="store_true", help=DOWNLOAD)
-    train_flags = ["method", "data", *READING, "noise", "model", "precision", "compile", "epochs", "trusted", "seed", "set"]
-    add_spec_flags(sub, train_flags)
+    train_flags = ["method", "data", *READING, "noise", "labels_are_clean", "model", "precision", "compile", "epochs"]
+    add_spec_flags(sub, [*train_flags, "trusted", "seed", "set"])
     add("list", "the sweeps in the storage", named=False)
     add("stop", "stop a running sweep, as Ctrl-C does")
     sub = add("ui", "MLflow's pages on this machine", named=False)

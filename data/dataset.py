@@ -19,17 +19,16 @@ from data.cache import same_table
 from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, report
 from data.remarks import remarks
 from data.seeds import generator
-from data.sources import TEST, TRAIN, VALIDATION, Options, Source, find_source
+from data.sources import TEST, Options, Source, find_source
+from data.split import Split, draw_split, in_classes, set_trusted_aside, stream
 from data.table import Labelled, TrainData
 from data.table_file import Table
+from data.text import some
 
 
 def newer(default: Any) -> Any:
     """A field that the first sweeps did not have: a recipe's fingerprint leaves it out where it has its default."""
     return field(default=default, metadata={"newer": True})
-
-
-LEFT_OUT = -1  # beside TRAIN, VALIDATION and TEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,8 @@ class DataSpec:
     skip_damaged: bool = newer(False)
     follow_links: bool = newer(False)
     table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
+    split: str = newer("")  # stratified or shuffled, see data.split; empty: shuffled
+    labels_are_clean: bool = newer(False)  # the user knows them to be right
 
     def options(self, *, download: bool = False) -> Options:
         """How the source reads its files."""
@@ -76,23 +77,13 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which rows of the source went where: int64, ascending, disjoint, together every row that is not damaged."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    trusted: Tensor
-
-
-@dataclass(frozen=True)
 class Dataset:
     """What a trial is run on. ``train`` and ``trusted`` are for methods; ``train_truth`` and ``test`` are for diagnostics and
     reports."""
 
     train: TrainData
     trusted: TrainData | None  # with clean labels, classes balanced; None where none were asked for
-    train_truth: Tensor | None  # clean labels int64 [N], in the order of ``train``
+    train_truth: Tensor | None  # clean labels int64 [N], in the order of ``train``: -1 where not known, K where of no class
     validation: Labelled  # with noisy labels
     test: Labelled | None  # with clean labels; None where the source has none or nothing is held out for it
     num_classes: int
@@ -103,7 +94,7 @@ class Dataset:
     checksum: str  # sha256 of the source's images and labels
     damage: Mapping[int, str]  # rows of the source that are left out, and why
     remarks: tuple[str, ...]  # what a user should know of the source's files
-    noise: NoiseReport | None  # over training and validation together; None where the truth is not known
+    noise: NoiseReport | None  # over training and validation together; None where no truth is known
     split: Split
 
     @property
@@ -111,6 +102,27 @@ class Dataset:
         """Channels and side in pixels of what a network sees."""
         channels, stored = self.train.images.shape[1:3]
         return channels, self.source.input_size or stored
+
+    def label_remarks(self) -> list[str]:
+        """What a user should know of its classes and clean labels before a search begins, each a line."""
+        train, validation = (torch.bincount(part.labels, minlength=self.num_classes) for part in (self.train, self.validation))
+        names = list(self.classes) or [str(label) for label in range(self.num_classes)]
+        untrained = [name for name, number in zip(names, train.tolist(), strict=True) if not number]
+        lines = []
+        if untrained:
+            lines.append(f"classes without a training image, which nothing is learnt of: {some(list(map(repr, untrained)))}")
+        if unseen := int((validation == 0).sum()):
+            single = int((train + validation == 1).sum())
+            lines.append(
+                f"{unseen} of {self.num_classes} classes have no validation image, so that the search does not see how they do"
+                + (f"; {single} have a single image, which is learnt from" if single else "")
+            )
+        if self.noise and self.noise.num_known < len(self.train) + len(self.validation):
+            lines.append(
+                "statistics of labels are over the training and validation images whose clean label is known"
+                + ("" if self.test else "; no test images are drawn from them (a list can name some: split test)")
+            )
+        return lines
 
     @property
     def fingerprint(self) -> str:
@@ -128,10 +140,12 @@ def load(spec: DataSpec, *, test_fraction: float = 0.2) -> Dataset:
     """Splits the source ``spec.data`` and corrupts it with ``spec.noise`` (:func:`data.noise.parse_noise`).
 
     A source's own test and validation rows stay what they are. Where it has no test rows, ``round(test_fraction * N)`` rows are
-    drawn if all clean labels are known; where it has no validation rows, ``round(validation_fraction * rest)`` of the rest are.
+    drawn if all clean labels are known; where it has no validation rows, ``round(validation_fraction * rest)`` of the rest are
+    (:mod:`data.split` says which). Where ``labels_are_clean``, given labels are taken for the truth that is not known.
     Noise falls on all that is not tested at once, so that its count is exact there; with ``none`` a source keeps its own given
-    labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``trusted`` rows leave the
-    training set with their clean labels, as many of each class as of any other (one more of some where it does not divide).
+    labels where it has some. The same rows get the same labels at every ``validation_fraction``. ``trusted`` rows, whose clean
+    label is known, leave the training set with it, as many of each class as of any other (one more of some where it does not
+    divide).
     ValueError for an unknown name, another table than ``spec.table``, noise that does not fit the source, or numbers that leave
     too little.
     """
@@ -139,13 +153,15 @@ def load(spec: DataSpec, *, test_fraction: float = 0.2) -> Dataset:
     wanted = parse_noise(spec.noise).completed(source.maps)
     table = same_table(source, spec.table)
     wanted = wanted.numbered(table.classes)
-    split = _split(source, table, spec.split_seed, spec.validation_fraction, test_fraction)
-    split = _set_trusted_aside(split, table, source, spec.split_seed, spec.trusted)
+    if spec.labels_are_clean:
+        table = _taken_for_clean(table, source)
+    split = draw_split(source, table, spec.split, spec.split_seed, spec.validation_fraction, test_fraction)
+    split = set_trusted_aside(split, table, source, spec.split_seed, spec.trusted)
     rest = torch.cat([split.train, split.trusted, split.validation]).sort().values
     labels = torch.full((len(table.images),), -1)
     labels[rest] = _given_labels(table, wanted, rest, source, spec.noise_seed)
     truth = table.truth if table.truth is not None else torch.full_like(labels, -1)
-    known = bool((truth[rest] >= 0).all())
+    known = bool((truth[rest] >= 0).any())
     return Dataset(
         train=TrainData(table.images, labels[split.train], split.train),
         trusted=TrainData(table.images, truth[split.trusted], split.trusted) if spec.trusted else None,
@@ -165,62 +181,29 @@ def load(spec: DataSpec, *, test_fraction: float = 0.2) -> Dataset:
     )
 
 
+def _taken_for_clean(table: Table, source: Source) -> Table:
+    """The table with its given labels as the truth where none is known. ValueError where a truth is another."""
+    if table.given is None:
+        return table
+    truth = table.given if table.truth is None else torch.where(table.truth < 0, table.given, table.truth)
+    wrong = truth != table.given
+    if table.split is not None:
+        wrong &= table.split != TEST
+    if bool(wrong.any()):
+        raise ValueError(f"--labels-are-clean is not allowed; {int(wrong.sum())} labels of {source.name!r} are not their truth")
+    return dataclasses.replace(table, truth=truth)
+
+
 def _given_labels(table: Table, noise: Noise, rows: Tensor, source: Source, noise_seed: int) -> Tensor:
     """The labels of ``rows``: the source's own where it has some and no noise is asked for, else the corrupted truth."""
     if noise.kind == "none" and table.given is not None:
         return table.given[rows]
-    if table.truth is None or bool((table.truth[rows] < 0).any()):
-        raise ValueError(f"noise '{noise}': data set {source.name!r} has no clean labels to corrupt; only none is allowed")
+    known = int(in_classes(table.truth[rows], table.num_classes).sum()) if table.truth is not None else 0
+    if table.truth is None or known < len(rows):
+        there = f"clean labels for {known} of {len(rows)} samples only" if known else "no clean labels to corrupt"
+        raise ValueError(
+            f"noise '{noise}': data set {source.name!r} has {there}; only none is allowed, or --labels-are-clean where its"
+            f" labels are known to be right"
+        )
     random = generator("noise", stream(source), str(noise), noise_seed)
     return corrupt(table.truth[rows], noise, table.num_classes, random, lambda index: table.images[rows[index]])
-
-
-def stream(source: Source) -> str:
-    """What the random numbers of a source are drawn for."""
-    return source.stream or source.name
-
-
-def _split(source: Source, table: Table, seed: int, validation_fraction: float, test_fraction: float) -> Split:
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction: {validation_fraction!r} is not allowed; it must be a number in (0, 1)")
-    if not 0 <= test_fraction < 1:
-        raise ValueError(f"test_fraction: {test_fraction!r} is not allowed; it must be a number in [0, 1)")
-    own = torch.full((len(table.images),), TRAIN) if table.split is None else table.split
-    own = own.clone()
-    own[list(table.damage)] = LEFT_OUT
-    test, validation, free = ((own == part).nonzero().squeeze(1) for part in (TEST, VALIDATION, TRAIN))
-    known = table.truth is not None and bool((table.truth[free] >= 0).all())
-    num_test = 0 if len(test) or not known else round(test_fraction * len(free))
-    num_validation = 0 if len(validation) else round(validation_fraction * (len(free) - num_test))
-    num_train = len(free) - num_test - num_validation
-    if num_train < 2 or num_validation + len(validation) < 1:
-        raise ValueError(
-            f"validation_fraction {validation_fraction!r} and test_fraction {test_fraction!r} leave {num_train} training and "
-            f"{num_validation} validation samples of {len(free)}; at least 2 and 1 are needed"
-        )
-    order = free[torch.randperm(len(free), generator=generator("split", stream(source), seed))]
-    drawn_test, drawn_validation, train = order.split([num_test, num_validation, num_train])  # type: ignore[no-untyped-call]
-    test, validation = torch.cat([test, drawn_test]), torch.cat([validation, drawn_validation])
-    return Split(train.sort().values, validation.sort().values, test.sort().values, test[:0])
-
-
-def _set_trusted_aside(split: Split, table: Table, source: Source, seed: int, num_trusted: int) -> Split:
-    """Moves ``num_trusted`` rows from training to trusted, class by class in turn."""
-    if not num_trusted:
-        return split
-    if table.truth is None or bool((table.truth[split.train] < 0).any()):
-        raise ValueError(f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has no clean labels")
-    order = split.train[torch.randperm(len(split.train), generator=generator("trusted", stream(source), seed))]
-    truth = table.truth[order]
-    sizes = torch.bincount(truth, minlength=table.num_classes)
-    turn = torch.empty_like(truth)  # how many of its class come before
-    turn[truth.argsort(stable=True)] = torch.arange(len(truth)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    most = table.num_classes * int(sizes.min())
-    if num_trusted > most or len(order) - num_trusted < 2:
-        raise ValueError(
-            f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has {most} in balanced classes here"
-        )
-    chosen = (turn * table.num_classes + truth).argsort()[:num_trusted]
-    kept = torch.ones(len(order), dtype=torch.bool)
-    kept[chosen] = False
-    return dataclasses.replace(split, train=order[kept].sort().values, trusted=order[chosen].sort().values)

@@ -17,11 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data.text import hint
+
 KINDS = ("none", "symmetric", "asymmetric", "pair", "instance")
 FORMS = (
-    "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE, asymmetric:RATE:MAP, asymmetric:RATE:7>1,2>7, "
-    "pair:RATE or instance:RATE"
+    "none, symmetric:RATE, symmetric:RATE:include-true, asymmetric:RATE, asymmetric:RATE:MAP, asymmetric:RATE:7>1,2>7 (by "
+    "number or by name), pair:RATE or instance:RATE"
 )
+FLIP = re.compile(r'\s*("(?:[^"]|"")*"|[^",>]+?)\s*>\s*("(?:[^"]|"")*"|[^",>]+?)\s*(,|$)')
+PLAIN = re.compile(r'(?!\s)(?![0-9]+\Z)[^",>]+(?<!\s)')  # a class name that needs no quotes in a map
 SPREAD = 0.1  # standard deviation of the flip probabilities of instance-dependent noise
 CHUNK_VALUES = 2**22  # pixels that are looked at in one go: 32 MB
 Images = Callable[[Tensor], Tensor]  # rows int64 [b] of those that are corrupted -> their images, uint8 [b, C, H, W]
@@ -34,7 +38,8 @@ class Noise:
     kind: str  # one of KINDS
     rate: float = 0.0  # share of the samples, or of each source class (asymmetric, pair), that is drawn, in [0, 1)
     include_true: bool = False  # symmetric: a drawn sample may get its true class again
-    mapping: tuple[tuple[int, int], ...] = ()  # asymmetric: (class, class it flips to); empty: a map of the data set
+    mapping: tuple[tuple[int | str, int | str], ...] = ()  # asymmetric: (class, class it flips to), by number or by name;
+    # empty: a map of the data set
     map_name: str = ""  # which of them; empty: the first
 
     def __str__(self) -> str:
@@ -46,7 +51,8 @@ class Noise:
             return text + ":include-true"
         if self.map_name:
             return f"{text}:{self.map_name}"
-        return text + (":" + ",".join(f"{source}>{target}" for source, target in self.mapping) if self.mapping else "")
+        flips = ",".join(f"{_quoted(source)}>{_quoted(target)}" for source, target in self.mapping)
+        return f"{text}:{flips}" if flips else text
 
     def completed(self, maps: Mapping[str, Mapping[int, int]]) -> Noise:
         """With the map of classes that is named, or else the first, where none is written. ValueError for an unknown name."""
@@ -59,21 +65,45 @@ class Noise:
         return replace(self, mapping=tuple(maps[name].items()), map_name="")
 
     def numbered(self, classes: Sequence[str]) -> Noise:
-        """With the map's classes counted from 0. Where all names are numbers, as a manifest's labels may be, the map is written
-        in those; ValueError for one that no class has."""
-        if not self.mapping or not classes or not all(re.fullmatch("[0-9]+", name) for name in classes):
+        """With the map's classes counted from 0, for ``classes`` in their order (empty: they have no names). Where all names
+        are numbers, as a manifest's labels may be, numbers in the map are those. ValueError for a class that there is not, and
+        for one that is mapped twice or to itself."""
+        if not self.mapping:
             return self
-        place = {int(name): number for number, name in enumerate(classes)}
-        for name in (name for flip in self.mapping for name in flip):
-            if name not in place:
-                shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-                raise ValueError(f"noise '{self}': class {name} does not exist; classes are {shown}")
-        return replace(self, mapping=tuple((place[source], place[target]) for source, target in self.mapping))
+        all_numbers = bool(classes) and all(re.fullmatch("[0-9]+", name) for name in classes)
+        numbers: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
+        if all_numbers:
+            numbers |= {int(name): number for number, name in enumerate(classes)}
+
+        def number(one: int | str) -> int:
+            if isinstance(one, int) and not all_numbers:
+                return one
+            if one in numbers:
+                return numbers[one]
+            shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+            close = hint(one, classes) if isinstance(one, str) else ""
+            there = f"{close}; classes are {shown}" if classes else "; this data set's classes have no names"
+            raise ValueError(f"noise '{self}': class {one} does not exist{there}")
+
+        mapping: dict[int, int] = {}
+        for source, target in ((number(one), number(other)) for one, other in self.mapping):
+            if source == target or source in mapping:
+                wrong = "mapped to itself" if source == target else "mapped twice"
+                raise ValueError(f"noise '{self}': class {classes[source] if classes else source} is {wrong}")
+            mapping[source] = target
+        return replace(self, mapping=tuple(mapping.items()))
+
+
+def _quoted(one: int | str) -> str:
+    """A class as it is written in a map: a name in quotes where it could be read as something else."""
+    if isinstance(one, int) or PLAIN.fullmatch(one):
+        return str(one)
+    return '"' + one.replace('"', '""') + '"'
 
 
 def parse_noise(text: str) -> Noise:
     """Reads noise as a user writes it. ValueError names the value and what is allowed."""
-    kind, *parts = text.strip().split(":")
+    kind, *parts = text.strip().split(":", 2 if text.strip().startswith("asymmetric:") else -1)
     if kind not in KINDS:
         raise ValueError(f"noise {text!r}: unknown kind {kind!r}; write {FORMS}")
     if kind == "none" and not parts:
@@ -98,19 +128,32 @@ def parse_noise(text: str) -> Noise:
     raise ValueError(f"noise {text!r}: {parts[1]!r} is not allowed after {kind}:RATE; {allowed}")
 
 
-def _parse_mapping(text: str, words: str) -> tuple[tuple[int, int], ...]:
-    mapping: dict[int, int] = {}
-    for word in words.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)\s*>\s*([0-9]+)\s*", word)
+def _parse_mapping(text: str, words: str) -> tuple[tuple[int | str, int | str], ...]:
+    mapping: dict[int | str, int | str] = {}
+    place, more = 0, ","
+    while more:
+        match = FLIP.match(words, place)
         if match is None:
-            raise ValueError(f"noise {text!r}: {word!r} is not readable as a flip; write FROM>TO, as in 7>1,2>7")
-        source, target = int(match[1]), int(match[2])
+            word = words[place:].partition(",")[0]
+            raise ValueError(
+                f"noise {text!r}: {word!r} is not readable as a flip; write FROM>TO, as in 7>1,2>7 or cat>dog, a name with , >"
+                ' or " in it between "'
+            )
+        source, target = (_class(word) for word in match.group(1, 2))
         if source == target:
-            raise ValueError(f"noise {text!r}: {word!r} flips nothing; a class must map to another class")
+            raise ValueError(f"noise {text!r}: {match[0].rstrip(', ')!r} flips nothing; a class must map to another class")
         if source in mapping:
             raise ValueError(f"noise {text!r}: class {source} is mapped twice; once is allowed")
         mapping[source] = target
+        place, more = match.end(), match[3]
     return tuple(mapping.items())
+
+
+def _class(word: str) -> int | str:
+    """A class in a map: a number, or a name, which quotes show it to be."""
+    if word.startswith('"'):
+        return word[1:-1].replace('""', '"')
+    return int(word) if re.fullmatch("[0-9]+", word) else word
 
 
 def corrupt(truth: Tensor, noise: Noise, num_classes: int, generator: torch.Generator, images: Images | None = None) -> Tensor:
@@ -142,15 +185,16 @@ def corrupt(truth: Tensor, noise: Noise, num_classes: int, generator: torch.Gene
 
 
 def _flips(noise: Noise, num_classes: int) -> tuple[tuple[int, int], ...]:
-    """(class, class it flips to) of asymmetric and of pair noise."""
+    """(class, class it flips to) of asymmetric and of pair noise, whose map is :meth:`Noise.numbered`."""
     if noise.kind == "pair":
         return tuple((source, (source + 1) % num_classes) for source in range(num_classes))
     if not noise.mapping:
-        raise ValueError(f"noise '{noise}' needs a map of classes here; write one, as in {noise}:7>1,2>7")
-    for name in (name for flip in noise.mapping for name in flip):
+        raise ValueError(f"noise '{noise}' needs a map of classes here; write one, as in {noise}:7>1,2>7 or {noise}:cat>dog")
+    flips = tuple((int(source), int(target)) for source, target in noise.mapping)
+    for name in (name for flip in flips for name in flip):
         if not 0 <= name < num_classes:
             raise ValueError(f"noise '{noise}': class {name} does not exist; classes are 0..{num_classes - 1}")
-    return noise.mapping
+    return flips
 
 
 def instance_labels(images: Images, truth: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -189,22 +233,34 @@ def instance_labels(images: Images, truth: Tensor, rate: float, num_classes: int
 
 @dataclass(frozen=True)
 class NoiseReport:
-    """What noise given labels really hold."""
+    """What noise given labels really hold, as far as their clean labels are known."""
 
-    realised_rate: float  # share of the samples whose given label is not the true one
+    realised_rate: float  # share of the samples with a known clean label whose given label is another
     matrix: Tensor  # [K, K] float64: row true class, column given; a row sums to 1, that of an absent class to 0
     label_checksum: str  # sha256 of the given labels, see label_bytes
+    num_labels: int
+    num_known: int  # how many of them have a known clean label
+    num_open: int  # how many of these are of no class (open set), so that the given label is wrong and no row has them
 
     def __str__(self) -> str:
-        return f"realised rate {self.realised_rate:.4f}, labels {self.label_checksum[:12]}"
+        over = f" over the {self.num_known} of {self.num_labels} labels whose clean one is known"
+        over = over if self.num_known < self.num_labels else ""
+        of_none = f" (of no class: {self.num_open})" if self.num_open else ""
+        return f"realised rate {self.realised_rate:.4f}{over}{of_none}, labels {self.label_checksum[:12]}"
 
 
 def report(truth: Tensor, labels: Tensor, num_classes: int) -> NoiseReport:
-    """Compares clean and given labels, both int64 [N] with N >= 1."""
-    counts = torch.bincount(truth * num_classes + labels, minlength=num_classes**2).view(num_classes, num_classes).double()
+    """Compares clean and given labels, both int64 [N]. A clean label is -1 where it is not known, which one at least is, and
+    K where the sample is of no class."""
+    known = truth >= 0
+    closed = known & (truth < num_classes)
+    pairs = truth[closed] * num_classes + labels[closed]
+    counts = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes).double()
     matrix = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    realised = (labels != truth).double().mean().item()
-    return NoiseReport(realised, matrix, hashlib.sha256(label_bytes(labels)).hexdigest())
+    realised = (labels != truth)[known].double().mean().item()
+    checksum = hashlib.sha256(label_bytes(labels)).hexdigest()
+    num_known = int(known.sum())
+    return NoiseReport(realised, matrix, checksum, len(labels), num_known, num_known - len(pairs))
 
 
 def label_bytes(labels: Tensor) -> bytes:

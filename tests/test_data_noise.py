@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
+from random import Random
 
 import pytest
 import torch
@@ -31,6 +33,11 @@ def stream(seed: int = 0) -> torch.Generator:
         ("symmetric:0.4:include-true", Noise("symmetric", 0.4, include_true=True)),
         ("asymmetric:0.4", Noise("asymmetric", 0.4)),
         ("asymmetric:0.4:7>1,2>7", Noise("asymmetric", 0.4, mapping=((7, 1), (2, 7)))),
+        (
+            "asymmetric:0.4:cat>dog,Down Coat>T-Shirt",
+            Noise("asymmetric", 0.4, mapping=(("cat", "dog"), ("Down Coat", "T-Shirt"))),
+        ),
+        ('asymmetric:0.4:"a,b">c:d,"7">1', Noise("asymmetric", 0.4, mapping=(("a,b", "c:d"), ("7", 1)))),
         ("asymmetric:0.4:superclass", Noise("asymmetric", 0.4, map_name="superclass")),
         ("pair:0.4", Noise("pair", 0.4)),
         ("instance:0.4", Noise("instance", 0.4)),
@@ -63,6 +70,11 @@ def test_noise_is_read_and_written_back(text: str, noise: Noise) -> None:
         ("asymmetric:0.4:7>1,", "''", "FROM>TO"),
         ("asymmetric:0.4:7>7", "'7>7'", "another class"),
         ("asymmetric:0.4:7>1,7>2", "class 7", "once"),
+        ("asymmetric:0.4:cat>dog,cat>eel", "class cat", "once"),
+        ("asymmetric:0.4:cat>cat", "'cat>cat'", "another class"),
+        ("asymmetric:0.4:cat>dog>eel", "'cat>dog>eel'", "FROM>TO"),
+        ("asymmetric:0.4:cat>,dog>eel", "'cat>'", "FROM>TO"),
+        ('asymmetric:0.4:"cat>dog', "'\"cat>dog'", "FROM>TO"),
     ],
 )
 def test_unreadable_noise_is_one_line_with_value_and_what_is_allowed(text: str, offending: str, allowed: str) -> None:
@@ -174,6 +186,42 @@ def test_a_map_is_written_in_the_labels_where_these_are_numbers() -> None:
         assert written.numbered(plain) == written
     with pytest.raises(ValueError, match=r"^noise 'asymmetric:0.4:1>2,10>1': class 10 does not exist; classes are 1, 2, 3$"):
         written.numbered(("1", "2", "3"))
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+
+
+@given(st.lists(NAMES, min_size=2, max_size=6, unique=True), st.randoms())
+@settings(max_examples=300, deadline=None)
+def test_any_class_can_be_named(classes: list[str], random: Random) -> None:
+    """And the text is stable: what is read is written, what is written is read as the same."""
+    flips = tuple((name, random.choice([one for one in classes if one != name])) for name in classes)
+    text = str(Noise("asymmetric", 0.4, mapping=flips))
+    read = parse_noise(text)
+    assert str(read) == text
+    assert read.mapping == flips
+    place = {name: number for number, name in enumerate(classes)}
+    assert read.numbered(classes).mapping == tuple((place[one], place[other]) for one, other in flips)
+
+
+def test_names_in_a_map() -> None:
+    classes = ("cat", "dog", "T-Shirt", "Down Coat")
+    written = parse_noise("asymmetric:0.40: cat > dog , Down Coat>T-Shirt")
+    assert str(written) == "asymmetric:0.4:cat>dog,Down Coat>T-Shirt"
+    assert written.numbered(classes).mapping == ((0, 1), (3, 2))
+    assert parse_noise("asymmetric:0.4:0>dog").numbered(classes).mapping == ((0, 1),)
+    assert parse_noise('asymmetric:0.4:"7">1').numbered(("7", "x")).mapping == ((0, 1),), "by name, not the eighth class"
+    assert parse_noise('asymmetric:0.4:"7">9').numbered(("7", "9")).mapping == ((0, 1),)
+    for text, said in (
+        ("asymmetric:0.4:Cat>dog", "class Cat does not exist (did you mean 'cat'?); classes are cat, dog, T-Shirt, Down Coat"),
+        ("asymmetric:0.4:cat>boat", "class boat does not exist"),
+        ("asymmetric:0.4:cat>0", "class cat is mapped to itself"),
+        ("asymmetric:0.4:cat>dog,0>2", "class cat is mapped twice"),
+    ):
+        with pytest.raises(ValueError, match=f"^noise '{text}': {re.escape(said)}"):
+            parse_noise(text).numbered(classes)
+    with pytest.raises(ValueError, match=r"class cat does not exist; this data set's classes have no names$"):
+        parse_noise("asymmetric:0.4:cat>dog").numbered(())
 
 
 def test_a_map_is_taken_by_its_name_or_is_the_first() -> None:

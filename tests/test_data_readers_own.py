@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -127,6 +128,20 @@ def test_a_folder_that_is_refused(tmp_path: Path) -> None:
     refused(f"folder:{tmp_path}/one", "dog/2.png is missing")
 
 
+def test_images_without_labels_beside_the_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/cat/0.png", "train/dog/0.png", "Test/0.png", "Test/1.png", "val/cat/0.png", "val/0.png"):
+        save(tmp_path / name)
+    with caplog.at_level(logging.WARNING):
+        table = find_source(f"folder:{tmp_path}").build()
+    assert table.split is not None
+    assert table.split.tolist() == [TRAIN, TRAIN, VALIDATION]
+    for part, number in (("Test", 2), ("val", 1)):
+        said = f"data set folder:{tmp_path}: images in {part} without a class folder have no labels and are left out: {number}"
+        assert said in [record.getMessage() for record in caplog.records]
+    save(tmp_path / "Test" / "unknown" / "0.png")
+    refused(f"folder:{tmp_path}", "'unknown' is not in train; each folder there is a class, and images without labels")
+
+
 def test_links_of_a_folder_stay_inside_it(animals: Path) -> None:
     data = f"folder:{animals}"
     save(animals.parent / "secret.png")
@@ -149,7 +164,7 @@ def test_links_of_a_folder_stay_inside_it(animals: Path) -> None:
     assert len(decoded(find_source(data).build())) == 5
 
 
-# --- manifests --------------------------------------------------------------------------------------------------------------
+# --- what has gone wrong, and what has changed ------------------------------------------------------------------------------
 
 
 def write(folder: Path, text: str, name: str = "list.csv") -> str:
@@ -162,134 +177,6 @@ def pictures(tmp_path: Path) -> Path:
     for number in range(5):
         save(tmp_path / "sub" / f"{number}.png", (10 * number, 0, 0))
     return tmp_path
-
-
-def test_a_manifest_with_all_columns_in_any_order(pictures: Path) -> None:
-    text = (
-        "\ufeffsplit,truth, label,path\r\n"
-        "train,,dog,sub/3.png\r\n"
-        'val,cat,dog,"sub/1.png"\r\n'
-        "\r\n"
-        "train,dog,cat,./sub/0.png\r\n"
-        "train,,eel,sub/2.png\r\n"
-        "test,cat,dog,sub/4.png\r\n"
-    )
-    source = find_source(write(pictures, text))
-    table = source.build()
-    assert table.classes == ("cat", "dog", "eel")
-    assert (table.given, table.truth, table.split) != (None, None, None)
-    assert table.given is not None
-    assert table.truth is not None
-    assert table.split is not None
-    assert table.given.tolist() == [1, 1, 0, 2, 1]
-    assert table.truth.tolist() == [-1, 0, 1, -1, 0]
-    assert table.split.tolist() == [TRAIN, VALIDATION, TRAIN, TRAIN, TEST]
-    assert decoded(table)[:, 0, 0, 0].tolist() == [30, 10, 0, 20, 40]
-    assert re.fullmatch("manifest-list-[0-9a-f]{8}", source.key)
-    assert source.stream == "manifest"
-
-
-def test_a_manifest_of_integers_is_in_numerical_order(pictures: Path) -> None:
-    table = find_source(write(pictures, "path,label,truth\nsub/0.png,10,9\nsub/1.png,9,\nsub/2.png,010,\n")).build()
-    assert table.classes == ("9", "10")
-    assert table.given is not None
-    assert table.truth is not None
-    assert table.given.tolist() == [1, 0, 1]
-    assert table.truth.tolist() == [0, -1, -1]
-    names = find_source(write(pictures, "path,label\nsub/0.png,10\nsub/1.png,9\nsub/2.png,x\n", "b.csv")).build()
-    assert names.classes == ("10", "9", "x")
-
-
-def test_a_manifest_without_truth_has_none(pictures: Path) -> None:
-    rows = "sub/0.png,a{0}\nsub/1.png,b{0}\n"
-    assert find_source(write(pictures, "path,label\n" + rows.format(""))).build().truth is None
-    split = "path,label,truth,split\n" + rows.format(",,train")
-    assert find_source(write(pictures, split + "sub/2.png,a,,val\n")).build().truth is None
-    truth = find_source(write(pictures, split + "sub/2.png,b,,test\n")).build().truth
-    assert truth is not None
-    assert truth.tolist() == [-1, -1, 1], "a test row's label is its clean one"
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("", "is empty; its first line must name the columns: path, label, truth, split"),
-        ("path,label\n", "has no rows"),
-        (
-            "path,lable\nsub/0.png,a\n",
-            r"column 'lable' is not known \(did you mean 'label'\?\); allowed are path, label, truth",
-        ),
-        ("path,label,weight\n", "column 'weight' is not known; allowed"),
-        ("path,label,label\nsub/0.png,a,a\n", "column 'label' is there 2 times"),
-        ("path,truth\nsub/0.png,a\n", "column 'label' is there 0 times"),
-        ("path,label\nsub/0.png,a\nsub/1.png\n", "line 3: 1 cells; the header has 2"),
-        ("path,label\nsub/0.png,a\nsub/1.png,b,c\n", "line 3: 3 cells; the header has 2"),
-        ("path,label\nsub/0.png,a\nsub/1.png,\n", "line 3: path and label must not be empty"),
-        ("path,label\nsub/0.png,a\n,b\n", "line 3: path and label must not be empty"),
-        ("path,label\nsub/0.png,a\nsub/1.png,a\n", "there must be at least two classes, not 1"),
-        ("path,label\nsub/0.png,0\nsub/1.png,-1\n", "label -1 is not allowed; integers must not be negative"),
-        ("path,label\nsub/0.png,a\nsub/0.png,b\n", "line 3: 'sub/0.png' is listed twice"),
-        ("path,label\nsub/0.png,a\n./sub/0.png,b\n", "line 3: './sub/0.png' is listed twice, first as 'sub/0.png'"),
-        (
-            "path,label,truth\nsub/0.png,cat,cta\nsub/1.png,dog,\n",
-            r"line 2: truth 'cta' is not one of the labels \(did you mean",
-        ),
-        ("path,label,truth\nsub/0.png,0,2\nsub/1.png,1,\n", "line 2: truth '2' is not one of the labels"),
-        (
-            "path,label,split\nsub/0.png,a,train\nsub/1.png,b,Test\n",
-            r"line 3: split 'Test' is not allowed \(did you mean 'test'\?\)",
-        ),
-        ("path,label,split\nsub/0.png,a,train\nsub/1.png,b,\n", "line 3: split '' is not allowed; write one of train, val"),
-        ("path,label,split\nsub/0.png,a,test\nsub/1.png,b,val\n", "has no training rows"),
-        (
-            "path,label,split\nsub/0.png,cat,train\nsub/1.png,dog,train\nsub/2.png,dgo,test\n",
-            r"line 4: label 'dgo' is in no training row \(did you mean 'dog'\?\)",
-        ),
-        ("path,label,split\nsub/0.png,0,train\nsub/1.png,1,train\nsub/2.png,2,val\n", "line 4: label '2' is in no training"),
-        ("path,label,split\nsub/0.png,a,train\nsub/1.png,a,train\nsub/2.png,a,test\n", "at least two classes, not 1"),
-        ("path,label\nsub/0.png,a\nsub/8.png,b\nsub/9.png,b\nsub/1.png/x,b\n", "sub/8.png is missing in .*, and 2 more$"),
-        ("path,label\nsub/0.png,a\nsub/8.png,b\n", "sub/8.png is missing in [^,]*$"),
-        ('path,label\nsub/0.png,"a\n', "after line 2: unexpected end of data"),
-    ],
-)
-def test_a_manifest_that_is_refused(text: str, match: str, pictures: Path) -> None:
-    refused(write(pictures, text), match)
-
-
-def test_a_manifest_in_another_encoding_or_none_at_all(pictures: Path) -> None:
-    (pictures / "latin.csv").write_bytes("path,label\nsub/0.png,é\nsub/1.png,b\n".encode("latin1"))
-    refused(f"manifest:{pictures / 'latin.csv'}", "latin.csv, after line .*utf-8")
-    refused("manifest:", "needs a path; write manifest:FILE.csv")
-    refused(f"manifest:{pictures / 'none.csv'}", "none.csv: there is no such file")
-    refused(f"manifest:{pictures}", "there is no such file")
-
-
-@pytest.mark.parametrize(
-    "path", ["../secret.png", "sub/../../secret.png", "{top}/sub/4.png", "link.png", "out/secret.png", "a\0"]
-)
-def test_a_path_that_leaves_the_folder_is_refused(path: str, pictures: Path) -> None:
-    save(pictures / "secret.png")
-    inner = pictures / "inner"
-    for number in range(2):
-        save(inner / "sub" / f"{number}.png")
-    (inner / "link.png").symlink_to(pictures / "secret.png")
-    (inner / "out").symlink_to(pictures)
-    path = path.format(top=inner)
-    text = f"path,label\nsub/0.png,a\nsub/1.png,b\n{path},b\n"
-    said = (
-        "is not allowed; write paths from .*/inner on" if path.startswith("/") else "leads out of .*/inner; images must lie in"
-    )
-    refused(write(inner, text), f"line 4: .* {said}")
-    refused(write(inner, f"path,label\n{path},b\nsub/1.png,a\n"), f"line 2: .* {said}")  # before it is looked at
-
-
-def test_links_within_the_folder_and_a_linked_folder_are_fine(pictures: Path) -> None:
-    (pictures / "alias").symlink_to("sub")
-    (pictures / "one.png").symlink_to("sub/1.png")
-    write(pictures, "path,label\nalias/3.png,a\none.png,b\nsub/../sub/2.png,b\n")
-    linked = pictures.parent / f"{pictures.name}-link"
-    linked.symlink_to(pictures)
-    assert decoded(find_source(f"manifest:{linked}/list.csv").build())[:, 0, 0, 0].tolist() == [30, 10, 20]
 
 
 BOMB = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from pathlib import Path
 
@@ -221,8 +222,8 @@ def test_clothing1m_with_missing_files(clothes: Path) -> None:
     assert find("clothing1m", clothes).stamp() == before  # of the lists
     change(clothes / "Clothing1M" / "noisy_label_kv.txt", "images/0/1/0.jpg 1\n", "images/0/1/0.jpg 3\n")
     assert find("clothing1m", clothes).stamp() != before
-    (clothes / "Clothing1M" / "clean_label_kv.txt").write_bytes(b"\xff\xfe")
-    refused("clothing1m", clothes, "clean_label_kv.txt is not a text in UTF-8")
+    (clothes / "Clothing1M" / "clean_label_kv.txt").write_bytes(b"a 1\n\xe9 1\n")
+    refused("clothing1m", clothes, "clean_label_kv.txt, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8$")
     (clothes / "Clothing1M" / "clean_label_kv.txt").unlink()
     refused("clothing1m", clothes, r"clean_label_kv.txt is not in .*/Clothing1M; it must be there as it is published")
 
@@ -274,9 +275,15 @@ def test_webvision_that_is_damaged(web: Path, tmp_path: Path) -> None:
     (web / "ILSVRC2012" / "val" / "n00000037" / "ILSVRC2012_val_00000001.JPEG").unlink()
     refused("webvision:ilsvrc12", web, "ILSVRC2012/val holds no images of class 1, n00000037")
     (web / "ILSVRC2012" / "val" / "n00000037").rmdir()
-    refused("webvision:ilsvrc12", web, "data set webvision:ilsvrc12: .*No such file or directory: .*n00000037")
+    refused("webvision:ilsvrc12", web, "ILSVRC2012/val holds no images of class 1, n00000037")
     (web / "ILSVRC2012").rename(web / "imagenet")
-    refused("webvision:ilsvrc12", web, "there is no folder .*/ILSVRC2012/val")
+    refused(
+        "webvision:ilsvrc12", web, r"no folder .*/ILSVRC2012/val; put .* there, one folder per WNID, as valprep.sh sorts them"
+    )
+    for number in range(3):
+        save(web / "ILSVRC2012" / "val" / f"ILSVRC2012_val_{number:08}.JPEG", 0, (8, 8))
+    flat = r"/ILSVRC2012/val holds 3 images in no folder of a class; it needs one folder per WNID, as valprep.sh sorts them \("
+    refused("webvision:ilsvrc12", web, flat)
     change(info / "train_filelist_google.txt", "q0058/a b.jpg 58", "q0058/a b.jpg 1058")
     refused("webvision", web, r"train_filelist_google.txt, line 59: label 1058 is not allowed; labels are 0\.\.999")
     change(info / "synsets.txt", "n00000014", "14")
@@ -285,3 +292,20 @@ def test_webvision_that_is_damaged(web: Path, tmp_path: Path) -> None:
     refused("webvision", web, "synsets.txt has 1 lines; at least 50 are needed")
     (info / "val_filelist.txt").unlink()
     refused("webvision", web, r"val_filelist.txt is not in .*/info")
+
+
+def test_lists_as_other_programs_save_them(web: Path) -> None:
+    """With a byte order mark, in UTF-16, or with the ends of lines that Windows has; and what is packed is called so."""
+    before = find("webvision", web).build()
+    info = web / "WebVision" / "info"
+    lists = ("train_filelist_google.txt", "val_filelist.txt", "synsets.txt")
+    texts = {name: (info / name).read_text() for name in lists}
+    for encoding, end in (("utf-8-sig", "\n"), ("utf-16", "\n"), ("utf-8", "\r\n"), ("utf-16", "\r\n")):
+        for name, text in texts.items():
+            (info / name).write_bytes(text.replace("\n", end).encode(encoding))
+        table = find("webvision", web).build()
+        assert table.classes == before.classes
+        assert columns(table) == columns(before)
+        assert find("webvision", web).stamp() != ""
+    (info / "synsets.txt").write_bytes(gzip.compress(texts["synsets.txt"].encode()))
+    refused("webvision", web, r"info/synsets.txt is compressed \(gzip\); unpack it first$")

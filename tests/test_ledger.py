@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
@@ -18,7 +20,7 @@ from tests.sweeps import bytes_below, epoch_record, make_sweep, metric_lines, pl
 from tune.desk import FINISHED, Desk
 from tune.journal import DamagedFile, LineFile
 from tune.ledger import RETRAIN, Ledger, Record
-from tune.recipes import of_trial
+from tune.recipes import dataset, of_trial
 from tune.report import leaderboard_text, retrain_rows, rows
 from tune.space import Space
 from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES, MAX_LOST, Sweep, make_spec
@@ -854,3 +856,31 @@ def test_a_sweep_with_one_clean_sample_from_before_it_was_refused(tmp_path: Path
 def test_a_record_is_not_held_to_todays_limits(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, report_seconds=60.0, gpus_per_trial=2.0, epochs=2_000_000)
     assert Sweep.read(sweep.folder).spec == sweep.spec
+
+
+def test_a_sweep_from_before_stratified_splits_keeps_its_split(tmp_path: Path) -> None:
+    """The number was printed by version f27d56c, whose records do not say how a set is split."""
+    sweep = make_sweep(tmp_path)
+    record = sweep.folder / "sweep.yaml"
+    assert "  split: stratified\n" in record.read_text()
+    assert Sweep.read(sweep.folder).spec.split == "stratified"
+    without_lines(record, "  split: stratified")
+    without_lines(record, "  labels_are_clean: false")
+    before = Sweep.read(sweep.folder)
+    assert (before.spec.split, before.spec.labels_are_clean) == ("", False)
+    assert dataset(before.spec).fingerprint == "3cad930aec9d1ace29271e434e293b73b31af29ccca589206540004695d59f2a"
+    assert dataset(sweep.spec).fingerprint != dataset(before.spec).fingerprint
+    before.write()
+    assert Sweep.read(sweep.folder).spec == before.spec, "what is written again says the same"
+
+
+def test_every_trial_of_a_sweep_and_every_seed_of_a_retraining_has_one_split(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, noise="symmetric:0.2")
+    play(open_desk(sweep))
+    ledger = Ledger(sweep)
+    recipe = of_trial(ledger, ledger.records[0])
+    assert (recipe.split, recipe.labels_are_clean) == ("stratified", False)
+    first, again = recipe.dataset(), dataclasses.replace(recipe, noise_seed=recipe.noise_seed + 1, seed=5).dataset()
+    assert torch.equal(first.split.train, again.split.train)
+    assert torch.equal(first.split.validation, again.split.validation)
+    assert not torch.equal(first.train.labels, again.train.labels)

@@ -135,6 +135,32 @@ def test_without_truth_nothing_that_needs_it() -> None:
     assert set(statistics.finish(TARGETS)) == {f"refine/{name}" for name in names}
 
 
+def test_a_truth_in_some_rows_is_as_if_there_were_no_others() -> None:
+    """Rows without a truth change nothing of what needs one; a truth of no class is a wrong label that no refinement finds."""
+    repeated = [0, 1, 2, 3, 0, 1, 2, 3]
+    truth = torch.cat([TRUTH, torch.full((4,), -1)])
+    some, alone = RefinementStatistics(LABELS.repeat(2), truth, 3), RefinementStatistics(LABELS, TRUTH, 3)
+    other = RefinementStatistics(LABELS.repeat(2), None, 3)
+    for statistics in (some, other):
+        statistics.observe(Step(torch.tensor(0.0), torch.arange(8), PROBABILITIES[repeated]))
+    seen(alone)
+    found, expected = some.finish(TARGETS[repeated]), alone.finish(TARGETS)
+    of_truth = (
+        "train/memorised",
+        "refine/accuracy",
+        "refine/precision",
+        "refine/recall",
+        "refine/hardened_wrong",
+        "refine/auroc",
+    )
+    assert {name: found[name] for name in of_truth} == {name: expected[name] for name in of_truth}
+    assert {name: value for name, value in found.items() if name not in of_truth} == other.finish(TARGETS[repeated])
+    of_no_class = RefinementStatistics(LABELS, torch.tensor([3, -1, -1, 2]), 3)
+    seen(of_no_class)
+    metrics = of_no_class.finish(TARGETS)  # the targets say 0 0 0 2, the labels 0 1 2 0
+    assert (metrics["refine/accuracy"], metrics["refine/recall"], metrics["refine/precision"]) == (0.5, 0.5, 1.0)
+
+
 def test_without_noise_nothing_divides_by_it() -> None:
     statistics = RefinementStatistics(LABELS, LABELS, 3)
     seen(statistics)

@@ -16,12 +16,14 @@ HARD = 0.95  # a target counts as hardened when its largest entry exceeds this
 class RefinementStatistics:
     """Collects the predictions of one epoch and compares them, and the method's targets, with labels, truth and the past.
 
-    ``labels`` [N] given; ``truth`` [N] or None. ``state_dict`` holds what the next epoch is compared with.
+    ``labels`` [N] given; ``truth`` [N] or None: -1 where it is not known, K where a sample is of no class. What needs the truth
+    is over the samples that have one. ``state_dict`` holds what the next epoch is compared with.
     """
 
     def __init__(self, labels: Tensor, truth: Tensor | None, num_classes: int) -> None:
         self.labels = labels
         self.truth = truth
+        self.known = torch.ones_like(labels, dtype=torch.bool) if truth is None else truth >= 0
         self.num_classes = num_classes
         self.probabilities = torch.full((len(labels), num_classes), torch.nan, device=labels.device)
         self.last_predictions: Tensor | None = None
@@ -59,7 +61,7 @@ class RefinementStatistics:
             metrics["train/prediction_changes"] = (predictions != self.last_predictions).float().mean()
         self.last_predictions = predictions
         if self.truth is not None:
-            wrong = self.labels != self.truth
+            wrong = self.known & (self.labels != self.truth)
             if wrong.any():
                 metrics["train/memorised"] = (predictions == self.labels)[wrong].float().mean()
         return metrics
@@ -69,7 +71,8 @@ class RefinementStatistics:
         if targets is None:
             if self.truth is None or not self.observed:
                 return {}
-            return area_under_roc(-self.probabilities[rows, self.labels].log(), self.labels != self.truth)
+            score = -self.probabilities[rows, self.labels].log()
+            return area_under_roc(score[self.known], (self.labels != self.truth)[self.known])
         refined, largest = targets.argmax(dim=1), targets.amax(dim=1)
         given_mass = targets[rows, self.labels]
         changed = refined != self.labels
@@ -84,16 +87,21 @@ class RefinementStatistics:
         if changed.any():
             metrics["refine/hardened"] = hardened[changed].float().mean()
         if self.truth is not None:
-            wrong, right = self.labels != self.truth, refined == self.truth
-            metrics["refine/accuracy"] = right.float().mean()
-            if changed.any():
-                metrics["refine/precision"] = right[changed].float().mean()
-            if wrong.any():
-                metrics["refine/recall"] = right[wrong].float().mean()
-            if hardened.any():
-                metrics["refine/hardened_wrong"] = (~right)[hardened].float().mean()
-            metrics.update(area_under_roc(1 - given_mass, wrong))
+            metrics.update(self._of_refined(refined, changed, hardened))
+            metrics.update(area_under_roc(1 - given_mass[self.known], (self.labels != self.truth)[self.known]))
         return metrics
+
+    def _of_refined(self, refined: Tensor, changed: Tensor, hardened: Tensor) -> dict[str, Tensor]:
+        """How the refined classes, int64 [N], do against the truth, where it is known; the others are bool [N]."""
+        assert self.truth is not None
+        right = refined == self.truth
+        kinds = {
+            "refine/accuracy": (right, self.known),
+            "refine/precision": (right, self.known & changed),
+            "refine/recall": (right, self.known & (self.labels != self.truth)),
+            "refine/hardened_wrong": (~right, self.known & hardened),
+        }
+        return {name: hit[rows].float().mean() for name, (hit, rows) in kinds.items() if rows.any()}
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return {"predictions": self.last_predictions, "targets": self.last_targets}

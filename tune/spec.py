@@ -15,6 +15,7 @@ import yaml
 from data.dataset import DataSpec
 from data.noise import parse_noise
 from data.sources import Source
+from data.split import KINDS as SPLITS
 from data.views import VIEWS
 from hparams import Interval, Value
 from methods import METHODS, find_method
@@ -53,6 +54,7 @@ class SweepSpec:
         "none, symmetric:RATE[:include-true], asymmetric:RATE[:MAP or FROM>TO,...], pair:RATE or instance:RATE"
         " (default: by data set)",
     )
+    labels_are_clean: bool = option(False, "your labels are right: noise may be put on them, and some images are tested on")
     model: str = option("", "network (default: by data set)")
     precision: str = option("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     compile: str = option("off", "on: networks are compiled; pays where a worker runs many long trials of one network")
@@ -89,6 +91,7 @@ class SweepSpec:
     validation_fraction: float = option(0.3, "share held out, with noisy labels, to select on", "(0, 1)", flag=False)
     noise_seed: int = option(0, "of the synthetic noise", "[0, inf)", flag=False)
     split_seed: int = option(0, "of the split into training, validation and test set", "[0, inf)", flag=False)
+    split: str = option("stratified", "stratified (about the same share of each class in every part) or shuffled", flag=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in ``sweep.yaml``."""
@@ -117,6 +120,7 @@ class SweepSpec:
 
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
 READING = ("image_size", "resize", "background", "skip_damaged", "follow_links", "views")  # of images
+BEFORE = {f.name: f.default for f in dataclasses.fields(DataSpec) if f.metadata.get("newer")}  # of a record without the field
 EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
@@ -215,9 +219,10 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         ("compile", spec.compile, ["off", "on"]),
         ("sampler", spec.sampler, ["tpe", "random"]),
         ("scheduler", spec.scheduler, ["asha", "none"]),
+        ("split", spec.split, ["", *SPLITS]),
     ):
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(sorted(known))}")
+            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(filter(None, sorted(known)))}")
     if 0 < spec.gpus_per_trial < 0.0001:
         raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
@@ -280,7 +285,8 @@ class Sweep:
                 raise ValueError(f"no sweep {name!r} in {home.place}; there are: {', '.join(home.names()) or 'none'}")
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
-            spec = make_spec({name: read_field(name, value, stored=True) for name, value in fields}, stored=True)
+            read = {name: read_field(name, value, stored=True) for name, value in fields}
+            spec = make_spec(BEFORE | read, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
                 raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")

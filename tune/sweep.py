@@ -168,8 +168,9 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     lines[1:1] = dataset.remarks
     mapping = parse_noise(spec.noise).completed(dataset.source.maps).numbered(dataset.classes).mapping
     if mapping and dataset.classes:
-        flips = [f"{dataset.classes[one]} to {dataset.classes[other]}" for one, other in mapping]
+        flips = [f"{dataset.classes[int(one)]} to {dataset.classes[int(other)]}" for one, other in mapping]
         lines.append(f"classes flip {', '.join(flips[:10])}{' ...' if len(flips) > 10 else ''}")
+    lines += dataset.label_remarks()
     if not spec.gpus_per_trial and not address_of(spec) and num_gpus():
         lines.append(f"trials run on the CPU; this machine has {num_gpus()} GPUs: --gpus-per-trial 0.25 puts four on each")
     rungs = spec.rungs()
@@ -212,6 +213,9 @@ def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:
         "noise": spec.noise,
         "noise_seed": spec.noise_seed,
         "realised_rate": noise.realised_rate,
+        "labels": noise.num_labels,
+        "known": noise.num_known,
+        "open_set": noise.num_open,
         "labels_sha256": noise.label_checksum,
         "classes": classes,
         "matrix": [[round(share, 6) for share in row] for row in noise.matrix.tolist()],

@@ -1,7 +1,8 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), and the human labels of CIFAR-10N and CIFAR-100N (Wei et al. 2022).
 
 The published files are pickles, which can run any code when they are read. So nothing is read before its MD5 is that of the
-published file, and by an unpickler that makes numpy arrays and Python's own containers only. That is also why torchvision,
+published file, and by an unpickler that makes numpy arrays and Python's own containers only (human labels that were saved again
+as tensors: by torch's, with ``weights_only``). That is also why torchvision,
 whose constructor checks the MD5 of the batches before it unpickles them without limits, does the download alone; and it takes
 seconds to import.
 """
@@ -236,21 +237,39 @@ def _read(folder: Path, file: str, md5: str) -> Any:
 def read_human(path: Path, key: str, truth: Tensor, num_classes: int) -> Tensor:
     """Human labels int64 [N] of the training images, whose clean labels are ``truth``.
 
-    The file is an archive of ``torch.save`` that holds a dictionary of numpy arrays. ValueError for another file, and for one
-    whose ``clean_label`` is not the truth: it would be of other images, or in another order.
+    The file is an archive of ``torch.save`` that holds a dictionary of numpy arrays or, where somebody has saved it again, of
+    tensors. ValueError for another file, and for one whose ``clean_label`` is not the truth: it would be of other images, or in
+    another order.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            (inner,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-            content = Unpickler(io.BytesIO(archive.read(inner))).load()
-        clean, given = (torch.from_numpy(np.asarray(content[name]).astype(np.int64)) for name in ("clean_label", key))
+        content = _load_saved(path)
+        columns = [np.asarray(content[name]) for name in ("clean_label", key)]
+        clean, given = (torch.from_numpy(column.astype(np.int64)) for column in columns)
     except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read ({' '.join(reason.split())})") from error
     if not torch.equal(clean, truth):
         raise ValueError(f"{path}: its clean_label is not that of these {len(truth)} images; it is another or a damaged file")
-    if given.shape != truth.shape or not bool(((given >= 0) & (given < num_classes)).all()):
+    whole = np.array_equal(columns[1], given.numpy())
+    if not whole or given.shape != truth.shape or not bool(((given >= 0) & (given < num_classes)).all()):
         raise ValueError(f"{path}: {key} is not {len(truth)} labels of 0..{num_classes - 1}")
     return given
+
+
+def _load_saved(path: Path) -> Any:
+    """What ``torch.save`` has written: of numpy arrays by :class:`Unpickler`, of tensors by torch's own that runs no code."""
+    with zipfile.ZipFile(path) as archive:
+        (inner,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        pickled = archive.read(inner)
+    try:
+        return Unpickler(io.BytesIO(pickled)).load()
+    except NotForArraysError as error:
+        if not error.module.startswith("torch"):
+            raise
+    arrays = [np.ndarray, np.dtype, *map(type, map(np.dtype, ("int32", "int64", "uint8")))]
+    names = [(RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    with torch.serialization.safe_globals([*arrays, *names, (_latin1, "_codecs.encode")]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -261,6 +280,14 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 RECONSTRUCT: Any = np.empty(0).__reduce__()[0]  # numpy's own; its module has had two names
+
+
+class NotForArraysError(pickle.UnpicklingError):
+    """A pickle asks for something of ``module`` that arrays, containers and numbers do not need."""
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__(f"it asks for {module}.{name}, which such a file does not need")
+        self.module = module
 
 
 class Unpickler(pickle.Unpickler):
@@ -276,5 +303,5 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such a file does not need")
+            raise NotForArraysError(module, name)
         return self.ALLOWED[module, name]

@@ -31,6 +31,7 @@ class Listing:
     split: Tensor | None = None
     truth: Tensor | None = None  # -1 where not known
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, see RawTable
+    notes: tuple[str, ...] = ()  # what a user should know of it, each a line
 
     @property
     def paths(self) -> list[str]:

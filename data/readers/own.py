@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import functools
 import hashlib
+import logging
 import math
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from data.noise import label_bytes
-from data.readers.base import TEST, TRAIN, VALIDATION, Options, RawTable, Source
+from data.readers.base import TRAIN, Options, RawTable, Source
 from data.readers.images import (
     Listing,
     check_files,
@@ -27,17 +24,16 @@ from data.readers.images import (
     files_under,
     in_words,
     is_image,
-    is_inside,
     reading,
 )
+from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, read_manifest
 from data.readers.pixels import RESIZES, read_colour, shorter_side
+from data.text import hint, look_alike_note
 
-SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
-SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
-COLUMNS = ("path", "label", "truth", "split")
 LARGEST = 224  # side of images, unless more is asked for
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
-WHOLE = re.compile(r"-?[0-9]{1,18}")
+MOVE = "each folder there is a class, and images without labels have to be moved away"
+log = logging.getLogger(__name__)
 
 
 def folder(argument: str, options: Options) -> Source:
@@ -55,17 +51,25 @@ def manifest(argument: str, options: Options) -> Source:
     """``manifest:FILE.csv`` with a header and the columns path, label and, where there are any, truth and split, in any order.
 
     Paths are relative to the file's folder and stay in it. Labels are names or integers; the classes are those that occur, in
-    order, in training rows where there is a split. An empty truth is one that is not known. The split is train, val, validation
-    or test; the label of a test row is its clean label where it has no truth. ValueError names the line that is not so.
+    order, in training rows where there is a split. An empty truth is one that is not known, and one that is no class (open set)
+    counts as a wrong label. The split is written as folders of one are named; the label of a test row is its clean label where
+    it has no truth. The file is a text in UTF-8, or in UTF-16 with a byte order mark, whose cells are separated by commas,
+    semicolons or tabs; other columns are left out with a line. ValueError names the line that is not so.
     """
     path = _path("manifest", argument, "FILE.csv")
-    return _source("manifest", path, lambda: _read_manifest(path, options), options)
+    return _source("manifest", path, lambda: read_manifest(path, options), options)
 
 
 def _path(kind: str, argument: str, form: str) -> Path:
     if not argument:
         raise ValueError(f"data set {kind} needs a path; write {kind}:{form}")
     return Path(os.path.abspath(os.path.expanduser(argument)))
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once in a process, however often a data set is listed."""
+    log.warning("%s", line)
 
 
 def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options) -> Source:
@@ -84,6 +88,8 @@ def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options
             found = read()
         if len(found.classes) < 2:
             raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
+        for note in found.notes:
+            _say(f"data set {name}: {note}")
         return found
 
     with reading(f"data set {name}"):
@@ -158,6 +164,12 @@ def _images(path: Path) -> tuple[list[Path], Counter[str]]:
     return images, others
 
 
+def _unlabelled_note(part: Path) -> str:
+    """A line on images of a part that lie in no class folder, as a competition's test images do; empty where there are none."""
+    number = sum(map(is_image, entries(part)[1]))
+    return f"images in {part.name} without a class folder have no labels and are left out: {number}" if number else ""
+
+
 def _read_folder(path: Path, options: Options) -> Listing:
     parts = _parts(path)
     classes = tuple(below.name for below in entries(parts[0][1])[0])
@@ -173,7 +185,7 @@ def _read_folder(path: Path, options: Options) -> Listing:
     for kind, part in parts:
         for below in entries(part)[0]:
             if below.name not in classes:
-                raise ValueError(f"class folder {below}: {below.name!r} is not in train{_hint(below.name, classes)}")
+                raise ValueError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}; {MOVE}")
             images, others = _images(below)
             names += [str(image.relative_to(path)) for image in images]
             labels += [classes.index(below.name)] * len(images)
@@ -182,130 +194,15 @@ def _read_folder(path: Path, options: Options) -> Listing:
     check_files(path, names, f"folder {path}")  # a link may lead nowhere
     real = functools.cache(os.path.realpath)
     for name in names:
-        _check_path(path, real, name, f"folder {path}", options)
+        check_path(path, real, name, f"folder {path}", options)
     is_split = parts != [(TRAIN, path)]
-    return Listing(path, names, classes, torch.tensor(labels), torch.tensor(split) if is_split else None, left_out=left_out)
-
-
-# --- a list in a CSV file ---------------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    line: int  # the last one, where it has several
-    path: str
-    label: str
-    truth: str = ""
-    split: str = ""
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    """The rows, one by one. ValueError for what cannot be one."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, skipinitialspace=True, strict=True)
-        try:
-            columns = [column.strip() for column in next(lines, [])]
-            _check_columns(path, columns)
-            for cells in lines:
-                line = lines.line_num
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
-                    raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(columns)}")
-                words = ((name, cell.strip()) for name, cell in zip(columns, cells, strict=True))
-                row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
-                if not row.path or not row.label:
-                    raise ValueError(f"{_at(path, line)}: path and label must not be empty")
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
-
-
-def _at(path: Path, line: int) -> str:
-    return f"manifest {path}, line {line}"
-
-
-def _check_columns(path: Path, columns: list[str]) -> None:
-    if not columns:
-        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
-    for column in columns:
-        if column not in COLUMNS:
-            hint = _hint(column, COLUMNS)
-            raise ValueError(f"manifest {path}: column {column!r} is not known{hint}; allowed are {', '.join(COLUMNS)}")
-    for column in COLUMNS:
-        if columns.count(column) > 1 or (column in ("path", "label") and column not in columns):
-            times = columns.count(column)
-            raise ValueError(f"manifest {path}: column {column!r} is there {times} times; once is needed")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str, options: Options) -> None:
-    """ValueError where an image is not in ``top``, with links followed unless they may lead out; ``real`` is
-    os.path.realpath."""
-    if is_inside(name):
-        if options.follow_links:
-            return
-        parent, base = os.path.split(os.path.join(top, name))
-        path = os.path.join(real(parent), base)
-        if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
-            return
-    if os.path.isabs(name):
-        raise ValueError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
-    more = " (links that lead out of it: --follow-links)" if is_inside(name) else ""
-    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder{more}")
-
-
-def _read_manifest(path: Path, options: Options) -> Listing:
-    rows = list(_rows(path))
-    if not rows:
-        raise ValueError(f"manifest {path} has no rows")
-    real = functools.cache(os.path.realpath)
-    seen: dict[str, str] = {}
-    for row in rows:
-        _check_path(path.parent, real, row.path, _at(path, row.line), options)
-        place = os.path.normpath(row.path)
-        if place in seen:
-            raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
-        seen[place] = row.path
-    check_files(path.parent, [row.path for row in rows], f"manifest {path}")
-    return _labelled(path, rows)
-
-
-def _labelled(path: Path, rows: list[Row]) -> Listing:
-    is_split = any(row.split for row in rows)
-    for row in rows:
-        if is_split and row.split not in SPLITS:
-            hint, allowed = _hint(row.split, SPLITS), ", ".join(SPLITS)
-            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{hint}; write one of {allowed}")
-    trained = [row for row in rows if not is_split or SPLITS[row.split] == TRAIN]
-    if not trained:
-        raise ValueError(f"manifest {path} has no training rows")
-    numbers = all(WHOLE.fullmatch(row.label) for row in rows)
-
-    def read(text: str) -> str:
-        return str(int(text)) if numbers and WHOLE.fullmatch(text) else text
-
-    classes = sorted({read(row.label) for row in trained}, key=int if numbers else None)
-    if numbers and int(classes[0]) < 0:
-        raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
-    index = {name: label for label, name in enumerate(classes)}
-    index[""] = -1
-    for row in rows:
-        if read(row.label) not in index:
-            raise ValueError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{_hint(row.label, classes)}")
-        if read(row.truth) not in index:
-            hint = _hint(row.truth, classes)
-            raise ValueError(
-                f"{_at(path, row.line)}: truth {row.truth!r} is not one of the labels{hint}; leave empty what is not known"
-            )
+    notes = filter(None, [look_alike_note(classes), *map(_unlabelled_note, (part for kind, part in parts if kind != TRAIN))])
     return Listing(
-        path.parent,
-        [row.path for row in rows],
-        tuple(classes),
-        torch.tensor([index[read(row.label)] for row in rows]),
-        torch.tensor([SPLITS[row.split] for row in rows]) if is_split else None,
-        torch.tensor([index[read(row.truth)] for row in rows]),
+        path,
+        names,
+        classes,
+        torch.tensor(labels),
+        torch.tensor(split) if is_split else None,
+        left_out=left_out,
+        notes=tuple(notes),
     )

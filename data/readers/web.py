@@ -12,9 +12,10 @@ import torch
 
 from data.noise import label_bytes
 from data.readers.base import TEST, TRAIN, Options, RawTable, Source, without_argument
-from data.readers.images import Listing, check_files, files_under, is_image, is_inside, reading
+from data.readers.images import Listing, check_files, entries, files_under, is_image, is_inside, reading
 from data.readers.pixels import Decoding
 from data.seeds import generator
+from data.text import read_text
 from hparams import Value
 
 ANIMALS = ("cat", "lynx", "wolf", "coyote", "cheetah", "jaguar", "chimpanzee", "orangutan", "hamster", "guinea-pig")
@@ -22,6 +23,7 @@ CLOTHES = (
     *("T-Shirt", "Shirt", "Knitwear", "Chiffon", "Sweater", "Hoodie", "Windbreaker", "Jacket", "Down Coat", "Suit", "Shawl"),
     *("Dress", "Vest", "Underwear"),
 )
+VALPREP = "github.com/soumith/imagenetloader.torch"
 WEBVISION_CLASSES, WEBVISION_USED = 1000, 50  # the first 50 are what the literature trains on ("mini")
 
 
@@ -67,7 +69,8 @@ def webvision(argument: str, options: Options) -> Source:
     """The first 50 classes of WebVision 1.0, images from Google: ``WebVision/{info,google,val_images_256}`` (Li et al. 2017).
 
     The test set is WebVision's validation set; with ``webvision:ilsvrc12`` it is that of ILSVRC 2012 for the same classes, from
-    ``ILSVRC2012/val/WNID/``. Which class is which WNID is read off ``info/synsets.txt``.
+    ``ILSVRC2012/val/WNID/``, into which the published files, all in one folder, have to be sorted first (valprep.sh does it).
+    Which class is which WNID is read off ``info/synsets.txt``.
     """
     if argument not in ("", "ilsvrc12"):
         raise ValueError(f"data set webvision: {argument!r} is not allowed after it; write webvision or webvision:ilsvrc12")
@@ -75,7 +78,7 @@ def webvision(argument: str, options: Options) -> Source:
     def read() -> Listing:
         info = _folder("webvision", options, "WebVision") / "info"
         _need("webvision", info, "train_filelist_google.txt", "synsets.txt", *([] if argument else ["val_filelist.txt"]))
-        imagenet = _folder("webvision:ilsvrc12", options, "ILSVRC2012", "val") if argument else None
+        imagenet = _ilsvrc(options) if argument else None
         return _read_webvision(options.root.absolute(), imagenet)
 
     name = f"webvision:{argument}" if argument else "webvision"
@@ -86,6 +89,18 @@ def _folder(name: str, options: Options, *parts: str) -> Path:
     folder = options.root.absolute().joinpath(*parts)
     if not folder.is_dir():
         raise ValueError(f"data set {name}: there is no folder {folder}; put it there as it is published")
+    return folder
+
+
+def _ilsvrc(options: Options) -> Path:
+    """ILSVRC's validation images by WNID. ValueError where they are not there, or still lie in one folder."""
+    folder, how = options.root.absolute() / "ILSVRC2012" / "val", f"one folder per WNID, as valprep.sh sorts them ({VALPREP})"
+    if not folder.is_dir():
+        raise ValueError(f"data set webvision:ilsvrc12: there is no folder {folder}; put the validation images there, {how}")
+    folders, files = entries(folder)
+    flat = sum(map(is_image, files))
+    if flat and not folders:
+        raise ValueError(f"data set webvision:ilsvrc12: {folder} holds {flat} images in no folder of a class; it needs {how}")
     return folder
 
 
@@ -127,10 +142,7 @@ def _source(
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("utf-8").rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8 ({error})") from error
+    return read_text(path, str(path)).replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 def _pairs(path: Path, num_classes: int) -> dict[str, int]:
@@ -209,7 +221,7 @@ def _read_webvision(root: Path, imagenet: Path | None) -> Listing:
         test = {
             str(path.relative_to(root)): label
             for label, (wnid, _, _) in enumerate(synsets)
-            for path in filter(is_image, files_under(imagenet / wnid))
+            for path in (filter(is_image, files_under(imagenet / wnid)) if (imagenet / wnid).is_dir() else ())
         }
     for label, (wnid, _, _) in enumerate(synsets):
         if label not in test.values():
