@@ -24,7 +24,19 @@ from data.noise import NoiseReport, parse_noise
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
-from tune.checks import NoAnswer, check_compiler, check_network, check_resources, check_storage, check_tracking, clean, num_gpus
+from tune.checks import (
+    FLAG,
+    NoAnswer,
+    check_compiler,
+    check_network,
+    check_resources,
+    check_storage,
+    check_tracking,
+    clean,
+    disregarded,
+    launch_tracking,
+    num_gpus,
+)
 from tune.cluster import address_of
 from tune.desk import Desk
 from tune.display import Display
@@ -35,7 +47,8 @@ from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
 from tune.space import Space
 from tune.spec import Sweep, SweepSpec, check_name, check_place, make_spec
-from tune.tracker import Tracker, tracking_uri
+from tune.tracker import Tracker
+from tune.tracking import VARIABLE, tracking_uri
 from tune.warm_start import WarmStart, warm_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,18 +118,21 @@ def launch(
         if home.files(name).read(RECORD) is None:
             raise ValueError(f"sweep name {name!r} is taken in {home.place} by something that is no sweep; choose another one")
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
-    spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
+    tracking, origin = launch_tracking(spec.tracking)
+    spec = dataclasses.replace(spec, tracking=tracking)
     space = Space(spec)
     check_resources(spec)
     check_storage(home.storage)
     warm = WarmStart([], [], {}) if old is None else warm_start(old, home, spec, space)
-    check_tracking(tracking_uri(home.storage, spec.tracking))
+    check_tracking(tracking_uri(home.storage, spec.tracking), origin)
     dataset = dataset_of(spec, download=download)
     check_network(spec, dataset)
     if not address_of(spec):
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in [*describe(spec, space, dataset), *warm.lines]:
         print(line)
+    if origin == VARIABLE:
+        print(f"MLflow's runs go to {tracking}, as {VARIABLE} says; {FLAG} would win over it")
     if dry_run:
         return Ended(0)
     with home.making(name) as (folder, files):
@@ -211,6 +227,8 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     if before != now and "unknown" not in (before, now):
         print(f"{name!r} was launched with version {before} of this program, this is {now}; methods and ranges may differ")
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
+    if "tracking" not in changes:
+        say_where_tracked(sweep)
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)
@@ -234,10 +252,19 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
             raise
 
 
+def say_where_tracked(sweep: Sweep) -> None:
+    """A sweep stays where it was launched to be tracked; a line says so where MLflow's variable says otherwise."""
+    tracked = tracking_uri(sweep.storage, sweep.spec.tracking)
+    if disregarded(tracked):
+        instead = f"{VARIABLE} counts for new sweeps; {FLAG} of resume moves this one"
+        print(f"MLflow's runs of {sweep.name!r} stay in {tracked}: {instead}")
+
+
 def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
     sweep = Sweep.find(home, name)
     check_place(sweep, home)
+    say_where_tracked(sweep)
     check_resources(sweep.spec)
     check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
