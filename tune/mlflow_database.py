@@ -45,17 +45,17 @@ def prepare(path: Path, say: Say) -> None:
     """
     if not path.exists():
         _make(path)
-    elif (identity := _identity(path)) not in _opened_before and refusal(path):
-        with alone(Path(f"{path}.lock"), f"{path} is being mended"):
-            if reason := refusal(path):  # nobody has mended it meanwhile
-                _replace(path, reason, say)
-    else:
+        return
+    status = path.stat()  # before it is opened, which takes back what a kill left half written
+    identity = status.st_dev, status.st_ino
+    if identity in _opened_before or not refusal(path):
         _opened_before.add(identity)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
+        return
+    with alone(Path(f"{path}.lock"), f"{path} is being mended"):
+        if reason := refusal(path):  # nobody has mended it meanwhile
+            if time.time() - status.st_mtime < SETTLED:
+                raise Unusable(f"{path} cannot be opened ({reason}); it may be in the making")
+            _replace(path, reason, say)
 
 
 def refusal(path: Path) -> str:
@@ -107,8 +107,6 @@ def _put(made: Path, path: Path) -> None:
 
 
 def _replace(path: Path, reason: str, say: Say) -> None:
-    if time.time() - path.stat().st_mtime < SETTLED:
-        raise Unusable(f"{path} cannot be opened ({reason}); it may be in the making")
     held = _holds_something(path)
     if held and _is_of_another_version(path):
         raise Unusable(f"{path} is of another version of MLflow ({reason})")
