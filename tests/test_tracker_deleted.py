@@ -118,16 +118,15 @@ def copy(finished: Finished, tmp_path: Path) -> Path:
 
 
 def restored(storage: Path, what: str) -> None:
-    """Deleted, made up for as the version before did it, with another run, and restored."""
-    old = run_id(storage, what)
-    delete(storage, what)
-    client, tags = client_of(storage), client_of(storage).get_run(old).data.tags
-    new = client.create_run(experiment_id(storage), tags={k: v for k, v in tags.items() if not k.startswith("mlflow.")})
-    client.log_param(new.info.run_id, "method", "alr")
-    role, number = ("parent", {}) if what == "parent" else ("run", {"trial": int(what)})
-    with (storage / "first" / "tracker.jsonl").open("a") as file:
-        file.write(json.dumps({**number, role: new.info.run_id}) + "\n")
+    """Out of sight while a resume makes another run in its place, as the version before did for one that was deleted, and then
+    restored."""
+    old, client = run_id(storage, what), client_of(storage)
+    role = client.get_run(old).data.tags["role"]
+    client.set_tag(old, "role", "hidden")
+    client.delete_run(old)
+    resume(storage)
     client.restore_run(old)
+    client.set_tag(old, "role", role)
 
 
 DISTURBANCES: dict[str, Callable[[Path], object]] = {
@@ -148,11 +147,13 @@ DISTURBANCES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", DISTURBANCES)
-@pytest.mark.parametrize("notes", ["noted", "notes lost"])
+@pytest.mark.parametrize(
+    ("what", "notes"),
+    [(what, "noted") for what in DISTURBANCES]
+    # without notes a second run may be that of a copy of the sweep
+    + [(what, "notes lost") for what in DISTURBANCES if "beside" not in what],
+)
 def test_what_was_deleted_at_the_end_is_back_after_one_resume(what: str, notes: str, copy: Path, finished: Finished) -> None:
-    if notes == "notes lost" and "beside another" in what:
-        pytest.skip("without notes the second one may be that of a copy of the sweep")
     DISTURBANCES[what](copy)
     if notes == "notes lost":
         (copy / "first" / "tracker.jsonl").unlink()

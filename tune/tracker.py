@@ -90,6 +90,7 @@ class Projection:
         self.experiment_id = self._experiment()
         notes = list(self.notes.read())
         self.noted = {note[role] for note in notes for role in ("parent", "run") if role in note}
+        self.last_parent = next((note["parent"] for note in reversed(notes) if "parent" in note), None)
         self.latest: dict[str, Mapping[str, float]] = {}  # run id -> the latest values that it held when it was found
         self.num_restored = 0
         self.parent = self._parent()
@@ -187,7 +188,7 @@ class Projection:
         return run.info.run_id in self.noted or all(known.get(key, str(value)) == str(value) for key, value in params.items())
 
     def _parent(self) -> str:
-        found = self._choose(self._search("sweep", deleted=True), {})
+        found = self._choose(self._search("sweep", deleted=True), {}, self.last_parent)
         if found:
             run_id, known, place = str(found.info.run_id), found.data.params, str(found.info.artifact_uri)
             self.latest[run_id] = found.data.metrics
