@@ -240,7 +240,7 @@ def stop(options: argparse.Namespace) -> int:
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
     from training.locations import Remote
-    from tune.mlflow_database import follow_storage, is_blank, prepare
+    from tune.mlflow_database import prepare_for_pages
     from tune.tracking import DATABASE, quiet, tracking_uri
 
     storage = options.home.storage
@@ -250,9 +250,7 @@ def ui(options: argparse.Namespace) -> int:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         raise ValueError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
-    if is_blank(storage / DATABASE):  # a kill may have left it half made
-        prepare(storage / DATABASE, print)
-    follow_storage(storage)
+    prepare_for_pages(storage, print)
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here
     print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)

@@ -58,6 +58,19 @@ def prepare(path: Path, say: Say) -> None:
             _replace(path, reason, say)
 
 
+def prepare_for_pages(storage: Path, say: Say) -> None:
+    """Mends a storage's database where it holds no run, which is quickly seen, and tells it where the storage lies now.
+    ValueError where it cannot be read or mended."""
+    path = storage / DATABASE
+    try:
+        if is_blank(path):
+            prepare(path, say)
+        if os.access(path, os.W_OK):
+            follow_storage(storage)
+    except sqlite3.Error as error:
+        raise ValueError(f"{path} cannot be opened: {error}") from error
+
+
 def refusal(path: Path) -> str:
     """Why MLflow does not open the database; empty where it does. What is opened is a copy of its schema."""
     try:
