@@ -22,6 +22,7 @@ from tune import report
 from tune import tracker as tracker_module
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
+from tune.mlflow_database import prepare
 from tune.recipes import from_yaml, of_trial
 from tune.report import plots_page, rows
 from tune.spec import Sweep
@@ -557,6 +558,7 @@ def test_the_thread_keeps_up_while_a_sweep_runs(
     ledger = Ledger(sweep)
     with monkeypatch.context() as patch:
         flaky = Flaky(patch, seed=1, rate=0.03)
+        prepare(storage / "mlflow.db", pytest.fail)  # it is looked at once, which takes as long as this sweep on a busy machine
         tracker = Tracker(ledger, tracking_uri(storage, ""))
         play(ledger, between=lambda: time.sleep(0.06))
         projected = noted_runs(ledger)
