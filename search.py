@@ -245,15 +245,17 @@ def stop(options: argparse.Namespace) -> int:
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
     from training.locations import Remote
-    from tune.tracker import quiet, tracking_uri
+    from tune.mlflow_database import prepare_for_pages
+    from tune.tracking import DATABASE, quiet, tracking_uri
 
     storage = options.home.storage
-    if isinstance(storage, Remote) or not (storage / "mlflow.db").is_file():
+    if isinstance(storage, Remote) or not (storage / DATABASE).is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         raise ValueError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
+    prepare_for_pages(storage, print)
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here
     print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)

@@ -44,7 +44,8 @@ from tune.display import Display  # noqa: E402
 from tune.ledger import Ledger, Record  # noqa: E402
 from tune.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import Sweep, make_spec  # noqa: E402
-from tune.tracker import Projection, tracking_uri  # noqa: E402
+from tune.tracker import Projection  # noqa: E402
+from tune.tracking import tracking_uri  # noqa: E402
 
 NAME, EPOCHS, SLOTS = "scale", 30, 8
 SYNC_EACH = 100  # trials

@@ -145,7 +145,7 @@ def run_stock(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from tune.recipes import from_flags
     from tune.space import Space
     from tune.spec import make_spec
-    from tune.tracker import tracking_uri
+    from tune.tracking import tracking_uri
 
     fields = {"method": ("alr",), "epochs": options.epochs, "seed": options.seed}
     spec, recipe = make_spec(fields), dataclasses.asdict(from_flags(fields))

@@ -27,6 +27,7 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(SCRATCH / "ray-token")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)  # tests say where they run
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ["DO_NOT_TRACK"] = "true"
 if not os.environ.get("NOISY_LABEL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -72,7 +73,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty sqlite MLflow store with its schema in place, which takes seconds to make: copy it."""
-    from tune.tracker import quiet
+    from tune.tracking import quiet
 
     quiet()
     from mlflow.tracking import MlflowClient

@@ -19,7 +19,7 @@ from tune.database import DatabaseHome
 from tune.desk import Desk
 from tune.ledger import Ledger
 from tune.spec import KEPT_CHECKPOINTS
-from tune.tracker import artifacts_uri
+from tune.tracking import artifacts_uri
 
 SECRET = "correct-horse-battery"
 

@@ -108,14 +108,13 @@ def test_ray_listens_on_this_machines_own_address(faulty: FaultySweep) -> None:
     assert not any("dashboard" in name.lower() and "agent" not in name.lower() for name in names)
 
 
-def test_the_pages_are_served_on_this_machines_own_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_are_served_on_this_machines_own_address(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
-    (tmp_path / "mlflow.db").touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    search.main(["ui", "--storage", str(tmp_path), "--port", port])
+    search.main(["ui", "--storage", str(storage), "--port", port])
     (command,) = started
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command.count("--host") == 1

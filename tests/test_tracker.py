@@ -22,10 +22,12 @@ from tune import report
 from tune import tracker as tracker_module
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
+from tune.mlflow_database import prepare
 from tune.recipes import from_yaml, of_trial
 from tune.report import plots_page, rows
 from tune.spec import Sweep
-from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name, tracking_uri
+from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name
+from tune.tracking import tracking_uri
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
 OURS = {"sweep", "sweep_id", "study", "role", "trial", "method", "state", "epochs", "error", "source", "seed", "best_params"}
@@ -556,6 +558,7 @@ def test_the_thread_keeps_up_while_a_sweep_runs(
     ledger = Ledger(sweep)
     with monkeypatch.context() as patch:
         flaky = Flaky(patch, seed=1, rate=0.03)
+        prepare(storage / "mlflow.db", pytest.fail)  # it is looked at once, which takes as long as this sweep on a busy machine
         tracker = Tracker(ledger, tracking_uri(storage, ""))
         play(ledger, between=lambda: time.sleep(0.06))
         projected = noted_runs(ledger)
@@ -666,7 +669,7 @@ def test_after_a_signal_the_store_gets_what_is_left_of_the_time(storage: Path, m
     def writes_for_ever(client: MlflowClient, *arguments: Any, **options: Any) -> None:
         while not let_go.wait(0.05):
             client.search_experiments()
-            tracker._answered()
+            tracker._asked_at = time.monotonic()
 
     monkeypatch.setattr(MlflowClient, "log_text", writes_for_ever)
     tracker = Tracker(ledger, tracking_uri(storage, ""))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +19,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play
@@ -167,3 +174,49 @@ def test_without_the_login_the_sweep_says_that_mlflow_is_behind(
     tracker = Tracker(Ledger(make_sweep(tmp_path)), door)
     tracker.close(spent=True, patience=2)
     assert "401" in tracker.problem
+
+
+@pytest.fixture
+def certified(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server that speaks HTTPS with a certificate of its own making: its address, and the certificate."""
+    path = tmp_path / "server.pem"
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")]), datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+    made = made.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    certificate = made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate)
+    (tmp_path / "certificate.pem").write_bytes(certificate)
+
+    class Empty(BaseHTTPRequestHandler):
+        def do(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_GET = do_POST = do  # noqa: N815  the names that http.server looks for
+
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_address[1]}", tmp_path / "certificate.pem"
+    server.shutdown()
+    server.server_close()
+
+
+def test_certificates_are_judged_as_mlflow_is_told_to(certified: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, certificate = certified
+    with pytest.raises(ValueError, match="cannot be used"):
+        check_tracking(address)
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+        check_tracking(address)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+    check_tracking(address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -19,9 +20,10 @@ from training.locations import AT, Credentials, Location, check_writable
 from tune.cluster import address_of
 from tune.space import Space
 from tune.spec import SweepSpec
-from tune.tracker import quiet
+from tune.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
 
 WEB = ("http", "https")
+FLAG = "--tracking"
 PATIENCE = 5  # seconds that a server gets to answer
 HTTP_LOGIN, HTTP_TOKEN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 HARMLESS = {  # in the query of a database's URL, in small letters
@@ -95,55 +97,76 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def clean(uri: str) -> str:
+def launch_tracking(asked: str) -> tuple[str, str]:
+    """The tracking URI of a new sweep, clean and empty for the storage's own database, and what asked for it: the flag (or the
+    spec file), else MLflow's own variable. ValueError as ``clean``."""
+    variable = os.environ.get(VARIABLE, "").strip()
+    origin = VARIABLE if variable and not asked else FLAG
+    return clean(asked or variable, origin), origin
+
+
+def disregarded(tracked: str) -> bool:
+    """Whether MLflow's variable names another place than where a sweep is tracked."""
+    variable = os.environ.get(VARIABLE, "").strip()
+    try:
+        return bool(variable) and clean(variable, VARIABLE) != tracked
+    except ValueError:
+        return True
+
+
+def clean(uri: str, origin: str = FLAG) -> str:
     """A tracking URI that means the same from any working directory. ValueError where it holds a password or what may be one,
-    which everybody could read in the list of processes, and which would be stored."""
-    path = uri.removeprefix("sqlite:///")
-    if path != uri:
-        if not path or path == ":memory:":
-            raise ValueError(f"--tracking: {uri!r} is not allowed; it keeps nothing: name a file, sqlite:///FILE")
-        return f"sqlite:///{Path(path).resolve()}"
-    userinfo, query, shown = Credentials.of(uri)
+    which everybody could read in the list of processes, and which would be stored; it begins with ``origin``."""
     kind = kind_of(uri)
+    if kind == "sqlite":
+        try:
+            return absolute_sqlite_uri(uri)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
+    userinfo, query, shown = Credentials.of(uri)
     names = {name.lower() for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True)}
     if userinfo or query if kind in WEB else ":" in userinfo or not names <= HARMLESS:
         instead = HTTP_LOGIN if kind in WEB else "up an MLflow server in front of the database"
         instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
         what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
-        raise ValueError(f"--tracking: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
+        raise ValueError(f"{origin}: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
     if kind in WEB:
         try:
             host, _ = urllib.parse.urlsplit(uri).hostname, urllib.parse.urlsplit(uri).port
         except ValueError as error:
-            raise ValueError(f"--tracking: {shown!r} is not allowed; {error}") from error
+            raise ValueError(f"{origin}: {shown!r} is not allowed; {error}") from error
         if not host:
-            raise ValueError(f"--tracking: {shown!r} is not allowed; it names no host")
+            raise ValueError(f"{origin}: {shown!r} is not allowed; it names no host")
     return uri
 
 
-def kind_of(uri: str) -> str:
-    """``https``, ``postgresql``, ...: a URI's scheme without a driver's name."""
-    return uri.partition(":")[0].partition("+")[0]
-
-
-def check_tracking(uri: str) -> None:
-    """ValueError where ``uri`` is not a tracking URI, NoAnswer where what it names does not answer within seconds."""
+def check_tracking(uri: str, origin: str = FLAG) -> None:
+    """ValueError where ``uri``, which ``origin`` gave, is not a tracking URI, NoAnswer where what it names does not answer
+    within seconds."""
     kind = kind_of(uri)
     if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if not isinstance(error, urllib.error.HTTPError) or error.code >= 500:  # else it has answered
+            if not has_answered(error):
                 raise NoAnswer(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
         _check_login(uri)
-    elif kind == "sqlite" and uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--tracking: {uri!r} is not allowed; folder {str(folder)!r} cannot be written")
+    elif path := sqlite_path(uri):
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{origin}: {uri!r} is not allowed; folder {str(path.parent)!r} cannot be written")
     elif kind in DATABASES:
         _check_database(uri, DATABASES[kind])
     else:
-        raise ValueError(f"--tracking: {uri!r} is not allowed; give http(s)://HOST:PORT or a database such as sqlite:///FILE")
+        allowed = "give http(s)://HOST:PORT or a database such as sqlite:///FILE"
+        raise ValueError(f"{origin}: {uri!r} is not allowed; {allowed}")
+
+
+def has_answered(error: Exception) -> bool:
+    """Whether a server has refused a request, which one that does not answer cannot; what certificates MLflow's own client
+    accepts is for that to say."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code < 500
+    return isinstance(getattr(error, "reason", error), ssl.SSLError)
 
 
 def _check_login(uri: str) -> None:

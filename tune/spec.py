@@ -71,7 +71,9 @@ class SweepSpec:
     cpus_per_trial: float = option(1.0, "CPU cores of a trial", "[0.0001, inf)", execution=True)
     gpus_per_trial: float = option(0.0, "GPUs of a trial: 1, or a fraction", "[0, 1]", execution=True)
     concurrent: int = option(0, "trials at a time (default: what the machines hold)", "[0, inf)", execution=True)
-    tracking: str = option("", "MLflow tracking URI (default: mlflow.db in the storage)", execution=True)
+    tracking: str = option(
+        "", "MLflow tracking URI (default: $MLFLOW_TRACKING_URI, else mlflow.db in the storage)", execution=True
+    )
     address: str = option("", "address of a running Ray cluster (default: this machine)", execution=True)
     sampler: str = option("tpe", "tpe or random", flag=False)
     scheduler: str = option("asha", "asha or none", flag=False)

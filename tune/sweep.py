@@ -26,6 +26,7 @@ from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
 from tune.checks import (
+    FLAG,
     NoAnswer,
     check_compiler,
     check_network,
@@ -34,6 +35,8 @@ from tune.checks import (
     check_tracking,
     check_views,
     clean,
+    disregarded,
+    launch_tracking,
     num_gpus,
 )
 from tune.cluster import address_of
@@ -46,7 +49,8 @@ from tune.recipes import dataset as dataset_of
 from tune.report import best_config_text
 from tune.space import Space
 from tune.spec import Sweep, SweepSpec, check_name, check_place, check_trusted, make_spec
-from tune.tracker import Tracker, tracking_uri
+from tune.tracker import Tracker
+from tune.tracking import VARIABLE, tracking_uri
 from tune.warm_start import WarmStart, warm_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,12 +120,13 @@ def launch(
         if home.files(name).read(RECORD) is None:
             raise ValueError(f"sweep name {name!r} is taken in {home.place} by something that is no sweep; choose another one")
         raise ValueError(f"{home.taken(name)}; go on with: {command}")
-    spec = dataclasses.replace(spec, tracking=clean(spec.tracking))
+    tracking, origin = launch_tracking(spec.tracking)
+    spec = dataclasses.replace(spec, tracking=tracking)
     space = Space(spec)
     check_resources(spec)
     check_trusted(spec)
     check_storage(home.storage)
-    check_tracking(tracking_uri(home.storage, spec.tracking))
+    check_tracking(tracking_uri(home.storage, spec.tracking), origin)
     dataset = dataset_of(spec, download=download)
     warm = WarmStart([], [], {}) if old is None else warm_start(old, home, spec, space, dataset.num_classes)
     check_network(spec, dataset)
@@ -130,6 +135,8 @@ def launch(
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
     for line in [*describe(spec, space, dataset), *warm.lines]:
         print(line)
+    if origin == VARIABLE:
+        print(f"MLflow's runs go to {tracking}, as {VARIABLE} says; {FLAG} would win over it")
     if dry_run:
         return Ended(0)
     with home.making(name) as (folder, files):
@@ -238,8 +245,14 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     before, now = sweep.provenance["commit"], _commit()
     if before != now and "unknown" not in (before, now):
         print(f"{name!r} was launched with version {before} of this program, this is {now}; methods and ranges may differ")
+<<<<<<< HEAD
     tracking = clean(changes.get("tracking", sweep.spec.tracking))
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": tracking}, stored=True)
+=======
+    spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
+    if "tracking" not in changes:
+        say_where_tracked(sweep)
+>>>>>>> h-mlflow
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)
@@ -263,10 +276,19 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
             raise
 
 
+def say_where_tracked(sweep: Sweep) -> None:
+    """A sweep stays where it was launched to be tracked; a line says so where MLflow's variable says otherwise."""
+    tracked = tracking_uri(sweep.storage, sweep.spec.tracking)
+    if disregarded(tracked):
+        instead = f"{VARIABLE} counts for new sweeps; {FLAG} of resume moves this one"
+        print(f"MLflow's runs of {sweep.name!r} stay in {tracked}: {instead}")
+
+
 def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
     sweep = Sweep.find(home, name)
     check_place(sweep, home)
+    say_where_tracked(sweep)
     check_resources(sweep.spec)
     check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
