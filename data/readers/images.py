@@ -18,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.processors import num_processors
 from data.readers.base import TEST, TRAIN, RawTable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -162,7 +163,7 @@ def decode(path: str, channels: int, size: int) -> np.ndarray[tuple[int, ...], n
 def read_blocks(paths: Sequence[str], channels: int, size: int, start: int) -> Iterator[Tensor]:
     """The images from row ``start`` on, uint8 [b, channels, size, size] of about 4 MB. At most two blocks per core wait."""
     rows = max(1, min(512, BLOCK_BYTES // (channels * size * size)))
-    workers = os.cpu_count() or 1
+    workers = num_processors()
     pool, waiting = ThreadPoolExecutor(workers), deque[Future[Tensor]]()
     try:
         for first in range(start, len(paths), rows):
