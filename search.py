@@ -71,7 +71,9 @@ def build_parser() -> Parser:
 
     flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
     sub = add("launch", "start a sweep")
-    sub.add_argument("--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE; flags win over it")
+    sub.add_argument(
+        "--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE, or an old sweep's sweep.yaml; flags win over it"
+    )
     sub.add_argument("--from", dest="old", metavar="OLD", help="run the best configurations of an earlier sweep first")
     sub.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     sub.add_argument("--download", action="store_true", help=DOWNLOAD)
@@ -119,7 +121,7 @@ def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
 def launch(options: argparse.Namespace) -> int:
     from tune.spec import make_spec, read_yaml
 
-    values, flags = read_yaml(Path(options.spec)) if options.spec else {}, given(options)
+    values, flags = read_yaml(Path(options.spec), print) if options.spec else {}, given(options)
     given_here = {**flags.get("set", {}), **flags.get("range", {})}
     for name in ("set", "range"):  # a flag wins over the file, hyperparameter by hyperparameter
         kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
