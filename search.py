@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -269,6 +270,8 @@ VERBS = {
     "ui": ui,
 }
 
+RUNNING = {"launch", "resume", "retrain"}  # verbs that go on when nobody reads their output any more
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
@@ -276,9 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tune.files import open_home
 
         options.home = open_home(options.storage, options.ledger)
-        return VERBS[options.verb](options)
-    except BrokenPipeError:  # the reader of our output went away
-        return 0
+        code = VERBS[options.verb](options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output went away; a sweep's output outlasts it
+        return 128 + signal.SIGPIPE  # as for a process that the signal ends
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -295,5 +300,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def open_streams() -> None:
+    """Puts the null device where the caller has closed standard input, output or error: no file of ours takes their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the smallest number that is free
+            os.set_inheritable(number, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 if __name__ == "__main__":
+    open_streams()
+    if RUNNING.intersection(sys.argv[1:2]):
+        from tune.output import outlast_readers
+
+        outlast_readers()
     leave(main())

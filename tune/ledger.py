@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.study._study_direction import StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from data.seeds import derive
@@ -27,9 +27,11 @@ from tune.journal import DamagedFile, Journal, Lines, open_storage
 from tune.sampler import Distinct, GroupedTPE
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
+from tune.studies import RETRAIN as RETRAIN
+from tune.studies import SWEEP as SWEEP
+from tune.studies import other_studies, study_name
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-SWEEP, RETRAIN = "sweep", "retrain"
 
 
 @dataclass
@@ -99,13 +101,14 @@ class Ledger:
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = Journal(sweep.files.lines("journal.log"))
         storage = open_storage(self.journal)
-        self.kinds = {study.study_name for study in storage.get_all_studies()}  # that the journal holds
-        if create and kind not in self.kinds:
+        names = {kind: name for kind in (SWEEP, RETRAIN) if (name := study_name(storage, kind))}
+        self.kinds = set(names)  # that the journal holds
+        if create and kind not in names:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
-        elif kind not in self.kinds:
-            raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
+        elif kind not in names:
+            raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
-        self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._unused)
+        self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
         self._read()
 
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
