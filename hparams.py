@@ -82,8 +82,10 @@ class Range:
         if self.choices:
             return min(self.choices, key=lambda choice: abs(float(choice) - value))
         kind = type(value)
+        if self.step and self.place(value, kind) is not None:
+            return value
         inside = kind(min(max(value, self.low), self.high))
-        if not self.step or self.place(inside, kind) is not None:
+        if not self.step:
             return inside
         return self.at(round((inside - self.low) / self.step), kind)
 
