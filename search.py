@@ -285,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away; a sweep's output outlasts it
         return 128 + signal.SIGPIPE  # as for a process that the signal ends
     except (ValueError, OSError) as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()  # the error is the last line, also in a file that holds both
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

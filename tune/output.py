@@ -30,7 +30,7 @@ def outlast_readers() -> None:
 
 
 def lasting(stream: TextIO) -> TextIO:
+    """The same output as one that outlasts its reader; line by line, so that lines of both come in their order in a log."""
     stream.flush()
     file = io.BufferedWriter(LastingFile(stream.fileno(), "w", closefd=False))
-    by_line = stream.isatty() or stream is sys.stderr
-    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
