@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeVar, cast
 
 Value = float | int | str | bool
@@ -39,24 +40,60 @@ class Interval:
 
 @dataclass(frozen=True)
 class Range:
-    """What a search draws one hyperparameter from: numbers from ``low`` to ``high``, or one of ``choices``."""
+    """What a search draws one hyperparameter from: numbers from ``low`` to ``high``, those in steps of ``step`` from ``low`` on
+    where that is given, or one of ``choices``. Where the choices are numbers, ``low`` and ``high`` are the ends of them."""
 
     low: float = 0.0
     high: float = 0.0
     log: bool = False
     choices: tuple[Value, ...] = ()
+    step: float = 0.0
+
+    def count(self, kind: type) -> int | None:
+        """How many values of the type ``kind`` the range holds; None where there is no end of them."""
+        if self.choices:
+            return len(self.choices)
+        step = self.step or (1 if kind is int else 0)
+        return round((self.high - self.low) / step) + 1 if step else None
+
+    def at(self, place: int, kind: type) -> Value:
+        """The value at a place in a range that holds a number of them, from 0 on."""
+        if self.choices:
+            return self.choices[place]
+        return cast(Value, kind(Decimal(str(self.low)) + place * Decimal(str(self.step or 1))))
+
+    def place(self, value: Value, kind: type) -> int | None:
+        """Where a value stands in such a range; None where it is not in it. A number in steps may differ by its rounding."""
+        if self.choices:
+            return self.choices.index(value) if value in self.choices else None
+        place, count = round((float(value) - self.low) / (self.step or 1)), self.count(kind)
+        assert count is not None
+        found = 0 <= place < count and math.isclose(float(self.at(place, kind)), float(value), rel_tol=1e-9, abs_tol=1e-12)
+        return place if found else None
+
+    def exact(self, value: Value, kind: type) -> Value:
+        """The value without the rounding that a number in steps may have got."""
+        place = self.place(value, kind) if self.step else None
+        return value if place is None else self.at(place, kind)
 
     def nearest(self, value: Value) -> Value:
-        """The value itself where the range holds it, else the nearest bound (or the first choice)."""
-        if self.choices:
+        """The value itself where the range holds it, else the nearest one that it holds (of words the first)."""
+        if isinstance(value, (str, bool)) or value in self.choices:
             return value if value in self.choices else self.choices[0]
-        assert isinstance(value, (int, float))
-        return type(value)(min(max(value, self.low), self.high))
+        if self.choices:
+            return min(self.choices, key=lambda choice: abs(float(choice) - value))
+        kind = type(value)
+        if self.step and self.place(value, kind) is not None:
+            return value
+        inside = kind(min(max(value, self.low), self.high))
+        if not self.step:
+            return inside
+        return self.at(round((inside - self.low) / self.step), kind)
 
     def __str__(self) -> str:
         if self.choices:
             return ",".join(str(choice) for choice in self.choices)
-        return f"{self.low:g}:{self.high:g}" + (":log" if self.log else "")
+        return f"{self.low:g}:{self.high:g}" + (":log" if self.log else "") + (f":{self.step:g}" if self.step else "")
 
 
 @dataclass(frozen=True)
@@ -110,18 +147,43 @@ class Hyperparameter:
         return self.check(value)
 
     def parse_range(self, text: str) -> Range:
-        """Reads ``low:high``, ``low:high:log`` or, for named values, ``a,b,c``. ValueError where it is empty or illegal."""
+        """Reads ``a,b,c`` or, for numbers, ``low:high``, ``low:high:log`` or ``low:high:step``. ValueError where it is empty or
+        illegal."""
         if self.legal is None:
-            return Range(choices=tuple(self.parse(word) for word in text.split(",")))
-        parts = text.split(":")
-        if len(parts) not in (2, 3) or parts[2:] not in ([], ["log"]):
-            raise ValueError(f"{self.name}: range {text!r} is not readable; write LOW:HIGH or LOW:HIGH:log")
+            return Range(choices=self._parse_choices(text))
+        if "," in text:
+            numbers = self._parse_choices(text)
+            return Range(float(min(numbers)), float(max(numbers)), choices=numbers)
+        parts = [part.strip() for part in text.split(":")]
+        if len(parts) not in (2, 3):
+            allowed = "LOW:HIGH, LOW:HIGH:log, LOW:HIGH:STEP or A,B,..."
+            raise ValueError(f"{self.name}: range {text!r} is not readable; write {allowed}")
         low, high = (float(self.parse(part)) for part in parts[:2])
         if not low < high:
             raise ValueError(f"{self.name}: range {text!r} is empty; LOW must be below HIGH")
+        if parts[2:] not in ([], ["log"]):
+            step = self._parse_step(text, parts[2], high - low)
+            last = Decimal(str(low)) + int((Decimal(str(high)) - Decimal(str(low))) / Decimal(str(step))) * Decimal(str(step))
+            return Range(low, float(last), step=step)
         if parts[2:] and low <= 0:
             raise ValueError(f"{self.name}: range {text!r} cannot be logarithmic; LOW must be above 0")
         return Range(low, high, log=bool(parts[2:]))
+
+    def _parse_choices(self, text: str) -> tuple[Any, ...]:
+        """Values with commas between them, each once."""
+        return tuple(dict.fromkeys(self.parse(word) for word in text.split(",")))
+
+    def _parse_step(self, text: str, word: str, width: float) -> float:
+        """The step of a range that is ``width`` wide."""
+        try:
+            step = float(self.type(word))
+        except ValueError:
+            step = math.nan
+        if not 0 < step <= width * (1 + 1e-9):
+            kind = "an integer" if self.type is int else "a number"
+            allowed = f"log, or a step: {kind} above 0 and at most HIGH - LOW"
+            raise ValueError(f"{self.name}: range {text!r} is not readable; {word!r} must be {allowed}")
+        return step
 
 
 def is_finite(value: Value) -> bool:

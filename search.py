@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -73,7 +74,9 @@ def build_parser() -> Parser:
 
     flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
     sub = add("launch", "start a sweep")
-    sub.add_argument("--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE; flags win over it")
+    sub.add_argument(
+        "--spec", metavar="FILE.yaml", help="fields of the sweep as KEY: VALUE, or an old sweep's sweep.yaml; flags win over it"
+    )
     sub.add_argument("--from", dest="old", metavar="OLD", help="run the best configurations of an earlier sweep first")
     sub.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     sub.add_argument("--download", action="store_true", help=DOWNLOAD)
@@ -121,7 +124,7 @@ def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
 def launch(options: argparse.Namespace) -> int:
     from tune.spec import make_spec, read_yaml
 
-    values, flags = read_yaml(Path(options.spec)) if options.spec else {}, given(options)
+    values, flags = read_yaml(Path(options.spec), print) if options.spec else {}, given(options)
     given_here = {**flags.get("set", {}), **flags.get("range", {})}
     for name in ("set", "range"):  # a flag wins over the file, hyperparameter by hyperparameter
         kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
@@ -274,6 +277,8 @@ VERBS = {
     "ui": ui,
 }
 
+RUNNING = {"launch", "resume", "retrain"}  # verbs that go on when nobody reads their output any more
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
@@ -281,10 +286,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tune.files import open_home
 
         options.home = open_home(options.storage, options.ledger)
-        return VERBS[options.verb](options)
-    except BrokenPipeError:  # the reader of our output went away
-        return 0
+        code = VERBS[options.verb](options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output went away; a sweep's output outlasts it
+        return 128 + signal.SIGPIPE  # as for a process that the signal ends
     except (ValueError, OSError) as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()  # the error is the last line, also in a file that holds both
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -300,5 +309,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def open_streams() -> None:
+    """Puts the null device where the caller has closed standard input, output or error: no file of ours takes their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the smallest number that is free
+            os.set_inheritable(number, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 if __name__ == "__main__":
+    open_streams()
+    if RUNNING.intersection(sys.argv[1:2]):
+        from tune.output import outlast_readers
+
+        outlast_readers()
     leave(main())

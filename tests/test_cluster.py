@@ -26,6 +26,7 @@ from tests.sweep_process import (
     assert_whole,
     board,
     end_all,
+    hostile_folder,
     metric_lines,
     search,
     start,
@@ -105,12 +106,13 @@ def test_which_token_was_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_our_packages_are_shipped_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is a package beside the command line, and is no test, benchmark or page, is shipped; nothing else is."""
-    shipped = executor.shipped()
+    shipped = executor.shipped("empty")
     names = {Path(path).name for path in shipped["py_modules"]}
     root = Path(executor.__file__).parent.parent
     assert names == {path.parent.name for path in root.glob("*/__init__.py")} - {"tests", "benchmarks"} | {"hparams.py"}
     assert all(Path(path).exists() for path in shipped["py_modules"])
-    assert set(shipped) == {"py_modules", "env_vars"}
+    assert set(shipped) == {"py_modules", "env_vars", "working_dir"}
+    assert shipped["working_dir"] == "empty"
     assert shipped["env_vars"] == {"NOISY_LABEL_CACHE": os.environ["NOISY_LABEL_CACHE"]}  # not the default of the other
 
 
@@ -119,7 +121,7 @@ def test_a_jobs_own_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOISY_LABEL_DATA", "sets")
     job = {"runtime_env": {"working_dir": "gcs://package.zip", "env_vars": {"NOISY_LABEL_CACHE": "/job"}}, "metadata": {}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    shipped = executor.shipped()
+    shipped = executor.shipped("empty")
     assert "working_dir" not in shipped
     assert shipped["env_vars"] == {"NOISY_LABEL_DATA": str(Path("sets").absolute())}
 
@@ -374,6 +376,15 @@ def refused(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def running(storage: Path, name: str) -> int:
     """How many trials are at work."""
     return sum(row["state"] == "running" and row["epochs"] > 0 for row in board(storage, name))
+
+
+def test_packages_of_the_users_own_with_our_names(nodes: RayNodes, storage: Path, tmp_path: Path) -> None:
+    """The folder that a sweep is launched from is there on every node, as a home folder is, and no worker imports from it."""
+    options = ("--method", "ce", "--model", "mlp", "--trials", 2, "--epochs", 1)
+    where = ("--storage", storage, "--address", nodes.address)
+    launched = start(tmp_path / "log", "launch", "own", *options, *where, cwd=hostile_folder(tmp_path / "own"))
+    assert launched.wait(240) == 0, (tmp_path / "log").read_text()
+    assert [row["state"] for row in board(storage, "own")] == ["complete", "complete"]
 
 
 def test_nodes_come_and_go(nodes: RayNodes, refused: object, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:

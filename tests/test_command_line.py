@@ -478,7 +478,9 @@ from pathlib import Path
 from tune.desk import Desk
 from tune.display import Display
 from tune.ledger import Ledger
+from tune.output import outlast_readers
 
+outlast_readers()
 ledger = Ledger(make_sweep(Path(sys.argv[1]), "piped", trials=40))
 with Display(ledger, 40) as display:
     play(Desk(ledger, total=40, concurrent=2, on_event=display.event))
@@ -489,6 +491,33 @@ print(ledger.num_counted(), file=sys.stderr)
         command = f"{sys.executable} -u -c '{code}' {place} {sink}"
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "40\n"), sink
+
+
+CLOSED = [
+    ("best", ">&-", 0),
+    ("best", "| true", 141),  # as of a process that the signal ends
+    ("best", "> /dev/full", 2),
+    ("resume", ">&- 2>&- <&-", 0),
+    ("resume", "| true", 0),  # what runs a sweep goes on
+]
+
+
+def test_a_standard_output_that_is_closed(storage: Path) -> None:
+    """No file of ours gets its number, nothing is said of it, and the work is done."""
+    started = []
+    for number, (verb, sink, _) in enumerate(CLOSED):
+        folder = make_finished_sweep(storage, f"seen{number}")
+        kept = (folder / "journal.log").read_bytes()
+        command = f"{sys.executable} {ROOT}/search.py {verb} {folder.name} --storage {storage} {sink}; exit ${{PIPESTATUS[0]}}"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that it notices that nobody reads, however fast it is
+        process = subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, text=True, env=environment)
+        started.append((process, folder, kept))
+    for (verb, sink, code), (process, folder, kept) in zip(CLOSED, started, strict=True):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == code, (verb, sink, said)
+        assert said == ("error: [Errno 28] No space left on device\n" if code == 2 else ""), (verb, sink)
+        assert (folder / "journal.log").read_bytes() == kept
+        assert (folder / "best_config.yaml").is_file() is (verb == "resume")
 
 
 def test_help_list_and_best_import_no_executor(tmp_path: Path) -> None:

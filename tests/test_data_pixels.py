@@ -549,7 +549,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RawTable:
     for number in range(30):
         save(tmp_path / "ab"[number % 2] / f"{number:02}.png", Image.new("RGB", (8, 8), (number, 0, 0)))
     monkeypatch.setattr(reader, "BLOCK_BYTES", 4 * 3 * 8 * 8)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(reader, "num_processors", lambda: 3)
     return find_source(f"folder:{tmp_path}").build()
 
 

@@ -424,7 +424,7 @@ def test_a_reader_changes_nothing(tmp_path: Path) -> None:
 def test_a_sweep_without_its_study_is_named(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     (sweep.folder / "journal.log").unlink()
-    with pytest.raises(ValueError, match="sweep 'first' has no sweep study; its journal is incomplete"):
+    with pytest.raises(ValueError, match="sweep 'first' has no study named 'sweep'; its journal is incomplete"):
         Ledger(sweep, read_only=True)
     assert not (sweep.folder / "journal.log").exists()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from training.experiment import EpochRecord
 
 HOUR = 3600.0
+CONFIGURATIONS = "configurations"  # that a space holds, where they are fewer than the trials asked for
 
 
 class Covered:
@@ -65,7 +66,7 @@ class Account:
 
 
 class Budget(NamedTuple):
-    """One limit, by the name of its field in the spec. The first to be spent ends the sweep."""
+    """One limit, by the name of its field in the spec, or that of the space. The first to be spent ends the sweep."""
 
     name: str
     spent: float

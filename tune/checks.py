@@ -14,10 +14,12 @@ import urllib.request
 from pathlib import Path
 
 from data.dataset import Dataset
+from data.processors import num_processors
 from data.views import make_views
 from models import make_model
 from training.locations import AT, Credentials, Location, check_writable
 from tune.cluster import address_of
+from tune.environment import short_folder
 from tune.space import Space
 from tune.spec import SweepSpec
 from tune.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
@@ -56,14 +58,16 @@ def check_storage(storage: Location) -> None:
 
 
 def check_resources(spec: SweepSpec) -> None:
-    """ValueError where a trial asks for more than this machine has. A cluster is asked when it is connected to."""
+    """ValueError where a trial asks for more than this machine has, or Ray has no place for its sockets here. A cluster is
+    asked when it is connected to."""
     if address_of(spec):
         return
-    num_cpus = os.cpu_count() or 1
-    if spec.cpus_per_trial > num_cpus:
-        raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; this machine has {num_cpus} CPUs")
+    if spec.cpus_per_trial > (allowed := num_processors()):
+        there = f"this process may use {allowed} of the machine's {os.cpu_count()} CPUs"
+        raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; {there}")
     if spec.gpus_per_trial > num_gpus():
         raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus()} GPUs")
+    short_folder()
 
 
 def check_network(spec: SweepSpec, dataset: Dataset) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 
 from optuna.trial import TrialState
@@ -21,25 +19,13 @@ REFRESH = 0.5
 SHOWN = 12
 
 
-class Screen(Console):
-    """A console whose reader may go away: what is shown then goes nowhere, and the sweep goes on."""
-
-    def on_broken_pipe(self) -> None:
-        self.go_dark()
-
-    def go_dark(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 class Display:
     """Prints a trial's start, end and lost process; on a terminal the leaderboard stands below and moves."""
 
     def __init__(self, ledger: Ledger, total: int) -> None:
         self.ledger = ledger
         self.total = total
-        self.console = Screen(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False)
         self.live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="display", daemon=True)
@@ -60,7 +46,7 @@ class Display:
         self._stop.set()
         if self.live:
             self._thread.join(2 * REFRESH)
-            self._show(self.live.stop)
+            self.live.stop()
 
     def event(self, kind: str, record: Record) -> None:
         """``started``, ``ended`` or ``lost``."""
@@ -85,19 +71,13 @@ class Display:
         return f"{text} | {num_done}/{self.total} trials, {limits}{lead}, {time.monotonic() - self.began:.0f} s"
 
     def line(self, text: str) -> None:
-        self._show(lambda: self.console.print(text, markup=False))
-
-    def _show(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError:  # a terminal that is gone, a full disk behind the output
-            self.console.go_dark()
+        self.console.print(text, markup=False)
 
     def _refresh(self) -> None:
         live = self.live
         assert live is not None
         while not self._stop.wait(REFRESH):
-            self._show(lambda: live.update(self.table(), refresh=True))
+            live.update(self.table(), refresh=True)
 
     def table(self) -> Table:
         """The running trials, then the best of the finished ones."""

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.processors import num_processors
 from tune.cluster import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
 from tune.desk import Desk
 from tune.driver import Interruption
+from tune.environment import choose_folder, choose_token
 from tune.spec import Sweep, SweepSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +55,12 @@ def _prepare() -> None:
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the desk's to say
     os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"  # else Tune runs such a trial again beside the desk
+    os.environ.setdefault(
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
+    )  # under ``uv run`` it ships the working directory, and imports it
     os.environ.update(places())
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    others = [os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *others]))
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # at the end it calls every lost process a trial
 
 
@@ -64,7 +70,9 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
     address = address_of(spec)
     if not address:  # Ray's servers then listen on the loopback address; the name is from where Ray does so by itself
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
+        choose_token()
+        if line := choose_folder():
+            say(line)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             connect(address)
@@ -120,7 +128,6 @@ def silent() -> Callable[[], str]:
 def connect(address: str) -> None:
     """A Ray of our own, or the cluster at ``address``. ValueError where there is none or it refuses us, NotStarted where our
     own does not come up, also not when it is tried again: Ray gives itself 30 s, and a busy machine may need more."""
-    import ray
     from ray._private import services, utils, worker
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -137,13 +144,7 @@ def connect(address: str) -> None:
     try:
         for left in reversed(range(1 if address else STARTS)):
             try:
-                ray.init(
-                    address=address or "local",
-                    include_dashboard=False if not address else None,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    runtime_env=shipped() if address else None,
-                )
+                _join(address) if address else _start()
                 return
             except Exception as error:  # Ray raises a bare one where a node does not come up in time
                 if not left or "timed out" not in str(error):
@@ -151,6 +152,29 @@ def connect(address: str) -> None:
                 end_half_started(error)
     finally:
         utils.set_sigterm_handler = set_handler
+
+
+def _start() -> None:
+    """Starts a Ray of our own. Workers import from the folder that we are in first, so that is the program's meanwhile."""
+    import ray
+
+    with contextlib.chdir(ROOT):
+        ray.init(
+            address="local",
+            num_cpus=num_processors(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def _join(address: str) -> None:
+    """Joins a cluster. With a working directory of their own, an empty one, workers import neither from the folder that we are
+    in, which may be there on other nodes, too, nor from this program's, where they may hold another version of it."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as empty:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=shipped(empty))
 
 
 def shut_down() -> None:
@@ -187,14 +211,15 @@ def reason(error: Exception, address: str) -> Exception:
     return ValueError(f"Ray cluster {address!r} cannot be joined: {said.split('. ')[0]}{advice}")
 
 
-def shipped() -> dict[str, Any]:
-    """The runtime environment that a cluster's workers get: our packages by name, and nothing else that lies beside them.
+def shipped(empty: str) -> dict[str, Any]:
+    """The runtime environment that a cluster's workers get: our packages by name, in the folder ``empty``, and nothing else.
 
     In a job (``ray job submit``) it is added to the job's own, which must not say the same: what the job has stays.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     ours = {name: folder for name, folder in places().items() if name not in job.get("env_vars", {})}
-    return {"py_modules": [str(ROOT / name) for name in PACKAGES], "env_vars": ours}
+    folder = {} if "working_dir" in job else {"working_dir": empty}
+    return {"py_modules": [str(ROOT / name) for name in PACKAGES], "env_vars": ours, **folder}
 
 
 def token_advice() -> str:

@@ -10,9 +10,9 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -163,7 +163,12 @@ class FolderFiles(SweepFiles):
     def lock(self, command: str) -> Iterator[None]:
         """The lock is the kernel's, which lets go of it with the process."""
         with (self.folder / LOCK).open("a+") as file:
-            if not _locked(file, fcntl.LOCK_EX, patience=0.3):  # as long as a look at the lock may take
+            try:
+                taken = _locked(file, fcntl.LOCK_EX, patience=0.3)  # as long as a look at the lock may take
+            except NoLocks as error:
+                how = "give --storage a folder on another one, or --ledger a database"
+                raise ValueError(f"the file system of {self.folder.parent} locks no files ({error}); {how}") from error
+            if not taken:
                 file.seek(0)
                 raise held(self.folder.name, file.read())
             file.truncate(0)
@@ -174,8 +179,9 @@ class FolderFiles(SweepFiles):
     def running(self) -> bool:
         if not (self.folder / LOCK).exists():
             return False
-        with (self.folder / LOCK).open() as file:
+        with (self.folder / LOCK).open() as file, contextlib.suppress(NoLocks):
             return not _locked(file, fcntl.LOCK_SH)
+        return False  # where no file is locked no process could hold the sweep
 
     def hurry(self) -> None:
         """A disk is not waited for."""
@@ -190,7 +196,11 @@ def held(name: str, note: str) -> ValueError:
     return ValueError(f"sweep {name!r} is being run by {note.partition(chr(10))[0].strip() or 'another process'}")
 
 
-def _locked(file: IO[str], how: int, patience: float = 0.0) -> bool:
+class NoLocks(OSError):
+    """A file system does not lock files, as some network file systems do not."""
+
+
+def _locked(file: IO[Any], how: int, patience: float = 0.0) -> bool:
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -199,6 +209,8 @@ def _locked(file: IO[str], how: int, patience: float = 0.0) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.02)
+        except OSError as error:
+            raise NoLocks(error.strerror) from error
         else:
             return True
 
@@ -232,9 +244,9 @@ class FolderHome(Home):
     def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
         """In a temporary folder, which is held like a sweep, and renamed."""
         self._drop_leftovers(name)
-        made = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self._storage))
+        made = self._storage / f".{name}.{secrets.token_hex(4)}"
+        made.mkdir()  # with the mode that the user's umask says, which Python's temporary folders do not mind
         try:
-            made.chmod(0o755)
             files = FolderFiles(made)
             with files.lock(""):
                 yield made, files

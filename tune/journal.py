@@ -8,6 +8,7 @@ used because a torn line makes its file unreadable and its lock outlives its own
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
 TAIL = 1 << 16
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what a file system without locks may say
 
 
 class DamagedFile(ValueError):
@@ -87,8 +89,14 @@ class LineFile:
                 yield record
 
     def _readable(self, descriptor: int) -> int:
-        """The length of the records that are there for good. It waits for a write in progress, which may yet be taken back."""
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        """The length of the records that are there for good. It waits for a write in progress, which may yet be taken back;
+        where the file system locks no files there is none, since no driver runs there."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return self._end_of_records(descriptor)
         try:
             return self._end_of_records(descriptor)
         finally:

@@ -16,20 +16,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.study._study_direction import StudyDirection
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
-from tune.budget import HOUR, Account, Budget, Spent
+from tune.budget import CONFIGURATIONS, HOUR, Account, Budget, Spent
 from tune.journal import DamagedFile, Journal, Lines, open_storage
-from tune.sampler import GroupedTPE
+from tune.sampler import Distinct, GroupedTPE
 from tune.space import Space
 from tune.spec import MAX_LOST, Sweep
+from tune.studies import RETRAIN as RETRAIN
+from tune.studies import SWEEP as SWEEP
+from tune.studies import other_studies, study_name
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-SWEEP, RETRAIN = "sweep", "retrain"
 
 
 @dataclass
@@ -93,18 +95,20 @@ class Ledger:
         self.metrics = self.lines("metrics.jsonl")
         self.records: dict[int, Record] = {}
         self.account = Account()
+        self.taken: set[int] = set()  # configurations that have begun, by their numbers, where the space holds a number of them
         self.states: Counter[TrialState] = Counter()
         self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = Journal(sweep.files.lines("journal.log"))
         storage = open_storage(self.journal)
-        self.kinds = {study.study_name for study in storage.get_all_studies()}  # that the journal holds
-        if create and kind not in self.kinds:
+        names = {kind: name for kind in (SWEEP, RETRAIN) if (name := study_name(storage, kind))}
+        self.kinds = set(names)  # that the journal holds
+        if create and kind not in names:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
-        elif kind not in self.kinds:
-            raise ValueError(f"sweep {sweep.name!r} has no {kind} study; its journal is incomplete")
+        elif kind not in names:
+            raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
-        self.study = optuna.load_study(study_name=kind, storage=storage, sampler=self._unused)
+        self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
         self._read()
 
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
@@ -115,9 +119,9 @@ class Ledger:
         """A sampler whose random numbers belong to one trial (to the rest of its proposal, where a kill cut that off), so that
         a resumed search neither repeats itself nor differs from one that was never interrupted."""
         seed = derive("sampler", self.sweep.spec.seed, trial.number, len(trial.params)) % 2**32
-        if self.sweep.spec.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return GroupedTPE(self.space, seed)
+        random = self.sweep.spec.sampler == "random"
+        sampler = optuna.samplers.RandomSampler(seed=seed) if random else GroupedTPE(self.space, seed)
+        return sampler if self.space.size is None else Distinct(sampler, self.space, self.taken, seed)
 
     def _read(self) -> None:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
@@ -171,6 +175,8 @@ class Ledger:
             started=started.timestamp(),
             ended=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
         )
+        if self.space.size is not None and values and (number := self.space.number(method, values)) is not None:
+            self.taken.add(number)
         with self.lock:
             self.records[record.number] = record
             self.states[record.state] += 1
@@ -210,7 +216,12 @@ class Ledger:
             return [trials]
         spec, spent = self.sweep.spec, self.account.spent
         hours, gpu_hours = max(spent.seconds, clock) / HOUR, spent.gpu_seconds / HOUR
-        return [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
+        found = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
+        if self.space.size is not None and self.space.size < trials.limit + self.count(
+            TrialState.FAIL
+        ):  # the rest cannot count
+            found.append(Budget(CONFIGURATIONS, len(self.taken), self.space.size))
+        return found
 
     @property
     def spent(self) -> bool:

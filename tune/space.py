@@ -6,6 +6,7 @@ what they learn about it, and ``method.field`` where it is the method's own or t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -38,10 +39,15 @@ class Parameter:
         if drawn.choices:
             found = CategoricalDistribution(drawn.choices)
         elif self.declared.type is int:
-            found = IntDistribution(int(drawn.low), int(drawn.high), log=drawn.log)
+            found = IntDistribution(int(drawn.low), int(drawn.high), log=drawn.log, step=int(drawn.step) or 1)
         else:
-            found = FloatDistribution(drawn.low, drawn.high, log=drawn.log)
+            found = FloatDistribution(drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
         return None if found.single() else found
+
+    @property
+    def count(self) -> int | None:
+        """How many values it may have; None where there is no end of them."""
+        return self.range.count(self.declared.type) if self.range else 1
 
 
 class Space:
@@ -63,6 +69,13 @@ class Space:
                 if flag == "set" and name in spec.range:
                     raise ValueError(f"{name} has both a value and a range; give --set or --range")
         self.groups = self._groups()
+        sizes = [self._size(method) for method in self.methods]
+        self.size = sum(size for size in sizes if size) if all(sizes) else None  # configurations; None: no end of them
+
+    def _size(self, method: str) -> int | None:
+        """How many configurations a method has."""
+        counts = [parameter.count for parameter in self.parameters[method]]
+        return math.prod(count for count in counts if count) if all(counts) else None
 
     def _parameter(self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]) -> Parameter:
         own = f"{method}.{field}"
@@ -114,10 +127,39 @@ class Space:
                 assert chosen is not None
                 values[parameter.field] = chosen
             elif kind is int:
-                values[parameter.field] = trial.suggest_int(parameter.name, int(drawn.low), int(drawn.high), log=drawn.log)
+                low, high, step = int(drawn.low), int(drawn.high), int(drawn.step) or 1
+                values[parameter.field] = trial.suggest_int(parameter.name, low, high, log=drawn.log, step=step)
             else:
-                values[parameter.field] = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log)
+                found = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
+                values[parameter.field] = drawn.exact(found, kind)
         return method, values
+
+    def number(self, method: str, values: Mapping[str, Value]) -> int | None:
+        """Which of the space's ``size`` configurations this is; None where it is none of them, as one may be that was drawn
+        from other ranges."""
+        number = sum(self._size(other) or 0 for other in self.methods[: self.methods.index(method)])
+        weight = 1
+        for parameter in self.parameters[method]:
+            if parameter.range is None:
+                continue
+            place = parameter.range.place(values[parameter.field], parameter.declared.type)
+            if place is None:
+                return None
+            number, weight = number + weight * place, weight * (parameter.count or 1)
+        return number
+
+    def configuration(self, number: int) -> dict[str, Value]:
+        """The parameters of the configuration of that number, by their names in the ledger."""
+        for method in self.methods:
+            if number < (size := self._size(method) or 0):
+                break
+            number -= size
+        params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
+        for parameter in self.parameters[method]:
+            if parameter.range:
+                number, place = divmod(number, parameter.count or 1)
+                params[parameter.name] = parameter.range.at(place, parameter.declared.type)
+        return params
 
     def read(self, params: Mapping[str, Value], stored: Container[str] | None = None) -> tuple[str, dict[str, Value]]:
         """What :meth:`suggest` gave for a stored trial's parameters, without a trial, also where ranges were others then.
@@ -135,7 +177,8 @@ class Space:
             value = params.get(parameter.name, default) if parameter.range else parameter.fixed
             if value is None:
                 raise ValueError(f"{parameter.name} is missing")
-            values[parameter.field] = parameter.declared.check(value)
+            value = parameter.declared.check(value)
+            values[parameter.field] = parameter.range.exact(value, parameter.declared.type) if parameter.range else value
         return method, values
 
     def is_whole(self, params: Mapping[str, Value]) -> bool:

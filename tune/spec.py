@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ class SweepSpec:
     trusted: int = option(0, "samples with clean labels that methods may learn from, taken from the training set", "[0, inf)")
     seed: int = option(0, "of the search, and with the trial's number of initialisation and order", "[0, inf)")
     set: Mapping[str, str] = option({}, "a hyperparameter's fixed value, NAME=VALUE (repeatable)")
-    range: Mapping[str, str] = option({}, "a hyperparameter's search range, NAME=LOW:HIGH[:log] (repeatable)")
+    range: Mapping[str, str] = option(
+        {}, "a hyperparameter's search range, NAME=LOW:HIGH[:log | :STEP] or NAME=A,B,... (repeatable)"
+    )
     cpus_per_trial: float = option(1.0, "CPU cores of a trial", "[0.0001, inf)", execution=True)
     gpus_per_trial: float = option(0.0, "GPUs of a trial: 1, or a fraction", "[0, 1]", execution=True)
     concurrent: int = option(0, "trials at a time (default: what the machines hold)", "[0, inf)", execution=True)
@@ -129,7 +131,7 @@ EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 def read_pairs(name: str, items: object) -> dict[str, str]:
     """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. ValueError names the item that is neither."""
     if isinstance(items, Mapping):
-        return {str(key): str(value) for key, value in items.items()}
+        return {str(k): ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in items.items()}
     pairs = {}
     for item in items if isinstance(items, (list, tuple)) else [items]:
         key, sign, value = str(item).partition("=")
@@ -178,8 +180,9 @@ class SpecLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A spec file as field values. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
+def read_yaml(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """A spec file as field values: KEY: VALUE lines, or the record of a sweep, ``sweep.yaml``, of whose fields those that say
+    something are taken. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -188,10 +191,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
+    if is_record(content):
+        say(f"{path} is the record of a sweep: what was asked for is taken over, its provenance is not")
+        content = {key: value for key, value in content["spec"].items() if value != ""}
     for key in content:
         if key not in FIELDS:
             raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
     return {key: read_field(key, value) for key, value in content.items()}
+
+
+def is_record(content: object) -> bool:
+    """Whether this is what a ``sweep.yaml`` holds."""
+    return isinstance(content, dict) and set(content) == {"spec", "provenance"} and isinstance(content["spec"], dict)
 
 
 def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:

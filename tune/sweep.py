@@ -25,6 +25,7 @@ from data.views import SAID_OF_VIEWS
 from methods import METHODS
 from methods.base import first_epoch
 from tune import executor
+from tune.budget import CONFIGURATIONS
 from tune.checks import (
     FLAG,
     NoAnswer,
@@ -185,6 +186,10 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
     lines.append(
         f"{spec.trials} trials of {spec.epochs} epochs, {''.join(limits)}ASHA rungs at {', '.join(map(str, rungs)) or 'none'}"
     )
+    if space.size is not None and space.size < spec.trials:
+        lines.append(
+            f"the ranges hold {space.size} configurations: the sweep ends when each has been run, before {spec.trials} trials"
+        )
     left_out = {name for name, method in METHODS.items() if method.needs_trusted and not spec.trusted}
     if left_out and set(spec.method) == set(METHODS) - left_out:
         lines.append(
@@ -196,7 +201,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset) -> list[str]:
         drawn = [f"{parameter.field} {parameter.range}" for parameter in parameters if parameter.range]
         fixed = [f"{parameter.field}={parameter.fixed}" for parameter in parameters if parameter.range is None]
         lines.append(f"{method}: searches {', '.join(drawn) or 'nothing'}; fixed {' '.join(fixed)}")
-        late = {p.field: p.range.high if p.range else p.fixed for p in parameters if not (p.range and p.range.choices)}
+        late = {p.field: p.range.high if p.range else p.fixed for p in parameters if p.range is None or p.declared.legal}
         begins = first_epoch(space.begins(method, {k: v for k, v in late.items() if v is not None}), spec.epochs)
         unjudged = [rung for rung in rungs if rung <= begins]
         if unjudged and len(unjudged) == len(rungs):
@@ -245,14 +250,10 @@ def resume(name: str, home: Path | Home, changes: dict[str, Any]) -> Ended:
     before, now = sweep.provenance["commit"], _commit()
     if before != now and "unknown" not in (before, now):
         print(f"{name!r} was launched with version {before} of this program, this is {now}; methods and ranges may differ")
-<<<<<<< HEAD
     tracking = clean(changes.get("tracking", sweep.spec.tracking))
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": tracking}, stored=True)
-=======
-    spec = make_spec({**vars(sweep.spec), **changes, "tracking": clean(changes.get("tracking", sweep.spec.tracking))})
     if "tracking" not in changes:
         say_where_tracked(sweep)
->>>>>>> h-mlflow
     check_resources(spec)
     check_storage(sweep.storage)
     check_data(sweep, spec)
@@ -294,8 +295,7 @@ def retrain(name: str, home: Path | Home, *, top: int, num_seeds: int) -> Ended:
     searched = Ledger(sweep, read_only=True)
     best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
     if not best:
-        over = searched.count(TrialState.PRUNED) >= sweep.spec.trials
-        advice = "all were stopped or diverged" if over else f"finish it with: {resume_command(sweep)}"
+        advice = "all were stopped, diverged or failed" if searched.spent else f"finish it with: {resume_command(sweep)}"
         raise ValueError(f"sweep {name!r} has no complete trial; {advice}")
     check_data(sweep, sweep.spec)
     command = command_line("retrain", sweep.files.home, sweep.name, "--top", top, "--seeds", num_seeds)
@@ -416,8 +416,11 @@ def closing_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
     said = [] if ledger.best() else ["no trial is complete: every one was stopped, diverged or failed"]
     over = [budget for budget in ledger.budgets() if budget.over]
     if idle or any(budget.name != "trials" for budget in over):
-        more = " ".join([command, *(f"{budget.flag} N" for budget in over)])
         lead = "nothing was left to do" if idle else "the budget is spent"
+        if any(budget.name == CONFIGURATIONS for budget in over):
+            more = f"wider ranges in a sweep of its own: launch NAME --from {ledger.sweep.name} --range ..."
+        else:
+            more = " ".join([command, *(f"{budget.flag} N" for budget in over)])
         said.append(f"{lead}: {', '.join(map(str, over))}; for more: {more}")
     return said
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.processors import num_processors
 from data.readers.base import BLOCK_BYTES, TEST, TRAIN, Block, RawTable
 from data.readers.pixels import DamagedImageError, Decoding, Flag, decode, suffixes, survey
 
@@ -136,7 +137,7 @@ def check_files(folder: Path, names: Sequence[str], listed_in: object) -> None:
 def read_blocks(paths: Sequence[str], how: Decoding, rows: Sequence[int]) -> Iterator[Block]:
     """The images of ``rows``, about 4 MB at a time. At most two blocks per core wait."""
     num_rows = max(1, min(512, BLOCK_BYTES // (how.channels * how.size * how.size)))
-    workers = os.cpu_count() or 1
+    workers = num_processors()
     pool, waiting = ThreadPoolExecutor(workers), deque[Future[Block]]()
     try:
         for first in range(0, len(rows), num_rows):

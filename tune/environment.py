@@ -1,0 +1,54 @@
+"""What a Ray of our own needs of its environment: a folder with short paths, and a token that is kept somewhere."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # that the path of a Unix socket may take
+SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"  # below Ray's folder, at its longest
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def short_folder() -> tuple[str, str]:
+    """A folder in which Ray's sockets have paths that are short enough, empty where Ray's own choice is one, and a line for
+    the user where it is not ``$TMPDIR``, which is too long: Slurm, for one, makes such folders.
+
+    ValueError where ``$RAY_TMPDIR`` is too long, or no short folder can be written.
+    """
+    limit = SOCKET_BYTES - len(SOCKET) - 1
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "")
+    folder = os.path.abspath(os.environ[name]) if name else ""
+    if len(os.fsencode(folder)) <= limit:
+        return (folder if name == "RAY_TMPDIR" else ""), ""
+    long = f"{name}: {folder!r} is too long for Ray's sockets"
+    if name == "RAY_TMPDIR":
+        raise ValueError(f"{long}; its path must have at most {limit} bytes")
+    short = next((short for short in SHORT_FOLDERS if os.access(short, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise ValueError(f"{long}; set RAY_TMPDIR to a folder whose path has at most {limit} bytes")
+    return short, f"{long}; they are kept in {short} (RAY_TMPDIR names another folder)"
+
+
+def choose_folder() -> str:
+    """Has Ray use the short folder; returns the line for the user."""
+    folder, line = short_folder()
+    if folder:
+        os.environ["RAY_TMPDIR"] = folder
+    return line
+
+
+def choose_token() -> None:
+    """Makes up a token for this process and those that it starts, where Ray could not keep one in the home folder."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path, os.R_OK) or os.access(path.parent, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # there is no home folder
+        usable = False
+    if not usable:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
