@@ -366,7 +366,7 @@ RANDOM |= {
     f"{kind} {name}": view
     for kind in VIEWS
     for name, view in zip(
-        ("weak", "strong"), make_views([0.4] * 3, [0.2] * 3, 16, kind, 12 * (kind == "imagenet"))[1:], strict=True
+        ("weak", "strong"), make_views([0.4] * 3, [0.2] * 3, 16, kind, 12 * (kind in ("crop", "imagenet")))[1:], strict=True
     )
 }
 

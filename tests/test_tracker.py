@@ -275,7 +275,7 @@ def test_a_configuration_comes_back_from_its_file_or_is_refused(storage: Path, t
         ({"method": "magic"}, "unknown method 'magic'"),
         ({"epochs": 0}, "--epochs: '0' is not allowed"),
         ({"data": "mnist9"}, "unknown data set 'mnist9'"),
-        ({"more": 1}, "is no configuration; it must have the keys method, values"),
+        ({"more": 1}, "is no configuration; it must have the keys data, noise, "),
     ):
         path.write_text(yaml.safe_dump({**whole, **change}))
         with pytest.raises(ValueError, match=message):
