@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from tune.ledger import Ledger
+    from tune.search.ledger import Ledger
     from tune.sweep import Ended
 
 EXAMPLES = """examples:
@@ -157,7 +157,7 @@ def finish(ended: Ended, table: Callable[[Ledger], str]) -> int:
 def retrain(options: argparse.Namespace) -> int:
     top, num_seeds = whole_number("--top", options.top, 1), whole_number("--seeds", options.seeds, 1, 1000)
     from tune import sweep
-    from tune.report import retrain_rows, retrain_text
+    from tune.report.leaderboard import retrain_rows, retrain_text
 
     if not options.json:
         return finish(sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds), retrain_text)
@@ -168,10 +168,10 @@ def retrain(options: argparse.Namespace) -> int:
 
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
-    from tune.ledger import Ledger
-    from tune.report import rows, rungs
-    from tune.spec import Sweep
-    from tune.tracker import noted_runs
+    from tune.report.leaderboard import rows, rungs
+    from tune.report.tracker import noted_runs
+    from tune.search.ledger import Ledger
+    from tune.store.stored_sweep import Sweep
 
     ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
     if not (options.json or options.rungs):
@@ -187,15 +187,15 @@ def best(options: argparse.Namespace) -> int:
 
 def shown(top: int) -> Callable[[Ledger], str]:
     """The leaderboard, and where to go from there."""
-    from tune.report import leaderboard_text
-    from tune.tracker import noted_runs
+    from tune.report.leaderboard import leaderboard_text
+    from tune.report.tracker import noted_runs
 
     return lambda ledger: leaderboard_text(ledger, noted_runs(ledger), top)
 
 
 def train(options: argparse.Namespace) -> int:
     from training.fit import Diverged
-    from tune.recipes import from_flags, from_yaml, prepare
+    from tune.search.recipes import from_flags, from_yaml, prepare
 
     flags = given(options)
     if options.config and flags:
@@ -232,7 +232,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def list_sweeps(options: argparse.Namespace) -> int:
-    from tune.report import sweep_lines
+    from tune.report.leaderboard import sweep_lines
 
     for line in sweep_lines(options.home):
         print(line)
@@ -248,8 +248,8 @@ def stop(options: argparse.Namespace) -> int:
 def ui(options: argparse.Namespace) -> int:
     port = whole_number("--port", options.port, 1, 65535)
     from training.locations import Remote
-    from tune.mlflow_database import prepare_for_pages
-    from tune.tracking import DATABASE, quiet, tracking_uri
+    from tune.report.mlflow_database import prepare_for_pages
+    from tune.report.tracking import DATABASE, quiet, tracking_uri
 
     storage = options.home.storage
     if isinstance(storage, Remote) or not (storage / DATABASE).is_file():
@@ -283,7 +283,7 @@ RUNNING = {"launch", "resume", "retrain"}  # verbs that go on when nobody reads 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
-        from tune.files import open_home
+        from tune.store.locate import open_home
 
         options.home = open_home(options.storage, options.ledger)
         code = VERBS[options.verb](options)
@@ -324,7 +324,7 @@ def open_streams() -> None:
 if __name__ == "__main__":
     open_streams()
     if RUNNING.intersection(sys.argv[1:2]):
-        from tune.output import outlast_readers
+        from tune.report.output import outlast_readers
 
         outlast_readers()
     leave(main())

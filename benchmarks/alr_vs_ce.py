@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tune.report import mean_and_error, text_table  # noqa: E402  the checkout is not installed
+from tune.report.leaderboard import mean_and_error, text_table  # noqa: E402  the checkout is not installed
 
 
 def search(*arguments: object) -> str:

@@ -28,9 +28,9 @@ import optuna  # noqa: E402  the checkout is not installed
 
 from data.seeds import derive  # noqa: E402
 from hparams import Value  # noqa: E402
-from tune.report import mean_and_error  # noqa: E402
-from tune.sampler import GroupedTPE  # noqa: E402
-from tune.space import Space  # noqa: E402
+from tune.report.leaderboard import mean_and_error  # noqa: E402
+from tune.search.sampler import GroupedTPE  # noqa: E402
+from tune.search.space import Space  # noqa: E402
 from tune.spec import SweepSpec, make_spec  # noqa: E402
 
 SLOTS = 4

@@ -37,11 +37,12 @@ from optuna.trial import TrialState  # noqa: E402  the checkout is not installed
 
 from methods import METHODS  # noqa: E402
 from training.experiment import EpochRecord  # noqa: E402
-from tune.desk import FINISHED, Desk  # noqa: E402
-from tune.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
-from tune.recipes import dataset as dataset_of  # noqa: E402
-from tune.report import mean_and_error, retrain_rows  # noqa: E402
-from tune.spec import Sweep, SweepSpec, make_spec, read_pairs  # noqa: E402
+from tune.report.leaderboard import mean_and_error, retrain_rows  # noqa: E402
+from tune.search.coordinator import FINISHED, Desk  # noqa: E402
+from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
+from tune.search.recipes import dataset as dataset_of  # noqa: E402
+from tune.spec import SweepSpec, make_spec, read_pairs  # noqa: E402
+from tune.store.stored_sweep import Sweep  # noqa: E402
 from tune.sweep import enqueue_retraining  # noqa: E402
 
 SLOTS = 2
@@ -53,7 +54,7 @@ NOISES = "symmetric:0.2,symmetric:0.4,symmetric:0.6,asymmetric:0.4"
 
 def serve(pipe: Connection) -> None:
     """A slot's process: takes a trial's configuration or None for "go on"; answers with what the trial reports."""
-    from tune.trial import TrialActor
+    from tune.cluster.trial import TrialActor
 
     actor = TrialActor.__new__(TrialActor)  # the trial itself, without Tune's files around it
     while (config := pipe.recv()) != "end":

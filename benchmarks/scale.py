@@ -39,13 +39,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.grouping import objective  # noqa: E402  the checkout is not installed
 from training.experiment import EpochRecord  # noqa: E402
-from tune.desk import Desk  # noqa: E402
-from tune.display import Display  # noqa: E402
-from tune.ledger import Ledger, Record  # noqa: E402
-from tune.recipes import dataset as dataset_of  # noqa: E402
-from tune.spec import Sweep, make_spec  # noqa: E402
-from tune.tracker import Projection  # noqa: E402
-from tune.tracking import tracking_uri  # noqa: E402
+from tune.report.display import Display  # noqa: E402
+from tune.report.tracker import Projection  # noqa: E402
+from tune.report.tracking import tracking_uri  # noqa: E402
+from tune.search.coordinator import Desk  # noqa: E402
+from tune.search.ledger import Ledger, Record  # noqa: E402
+from tune.search.recipes import dataset as dataset_of  # noqa: E402
+from tune.spec import make_spec  # noqa: E402
+from tune.store.stored_sweep import Sweep  # noqa: E402
 
 NAME, EPOCHS, SLOTS = "scale", 30, 8
 SYNC_EACH = 100  # trials

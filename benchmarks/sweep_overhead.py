@@ -111,11 +111,11 @@ class Watch:
 
 def run_ours(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     import search
-    from tune.ledger import Ledger
-    from tune.recipes import of_trial
-    from tune.scheduler import LedgerScheduler
-    from tune.searcher import LedgerSearcher
-    from tune.spec import Sweep
+    from tune.cluster.scheduler import LedgerScheduler
+    from tune.cluster.searcher import LedgerSearcher
+    from tune.search.ledger import Ledger
+    from tune.search.recipes import of_trial
+    from tune.store.stored_sweep import Sweep
 
     def stamps(trial: Any, result: dict[str, Any]) -> list[Stamp]:
         return [(trial.trial_id, e["time"] - e["metrics"]["seconds"], e["time"]) for e in result["epochs"]]
@@ -142,10 +142,10 @@ def run_stock(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune.recipes import from_flags
-    from tune.space import Space
+    from tune.report.tracking import tracking_uri
+    from tune.search.recipes import from_flags
+    from tune.search.space import Space
     from tune.spec import make_spec
-    from tune.tracking import tracking_uri
 
     fields = {"method": ("alr",), "epochs": options.epochs, "seed": options.seed}
     spec, recipe = make_spec(fields), dataclasses.asdict(from_flags(fields))

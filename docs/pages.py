@@ -18,7 +18,7 @@ from hparams import MANY_CLASSES, Hyperparameter, Value, declared  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.base import Config, Task  # noqa: E402
 from models import Network  # noqa: E402
-from tune.report import mean_and_error  # noqa: E402
+from tune.report.leaderboard import mean_and_error  # noqa: E402
 
 NUM_SAMPLES = 97  # no other side of a tensor in a method or in the network below is of this length
 HEAD = "<!-- made by docs/pages.py (make docs): do not edit -->\n"

@@ -73,7 +73,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty sqlite MLflow store with its schema in place, which takes seconds to make: copy it."""
-    from tune.tracking import quiet
+    from tune.report.tracking import quiet
 
     quiet()
     from mlflow.tracking import MlflowClient

@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 
 from tests.sweeps import make_sweep, play
-from tune import report
-from tune.desk import Desk
-from tune.ledger import Ledger
-from tune.recipes import dataset
-from tune.spec import Sweep
-from tune.tracker import noted_runs
+from tune.report.leaderboard import leaderboard as report
+from tune.report.tracker import noted_runs
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
+from tune.search.recipes import dataset
+from tune.store.stored_sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]

@@ -20,10 +20,13 @@ from hparams import Value
 from tests.postgres import dumped
 from training.experiment import EpochRecord
 from training.locations import check_writable
-from tune.desk import FINISHED, Desk
-from tune.files import FolderHome, Home, as_home
-from tune.ledger import Ledger, Record
-from tune.spec import Sweep, make_spec
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import Ledger, Record
+from tune.spec import make_spec
+from tune.store.base import Home
+from tune.store.folder import FolderHome
+from tune.store.locate import as_home
+from tune.store.stored_sweep import Sweep
 
 CREATED = 1_700_000_000.25
 

@@ -17,11 +17,11 @@ from optuna.trial import TrialState
 from tests.sweeps import CREATED, make_sweep, metric_lines
 from tests.test_kill_loop import FreeExperiment
 from training.experiment import EpochRecord
-from tune.budget import HOUR, Budget, Covered, Spent, short_number
-from tune.desk import FINISHED, Desk
-from tune.ledger import RETRAIN, Ledger, Record
-from tune.report import cost_metrics, cost_text
-from tune.spec import Sweep
+from tune.report.leaderboard import cost_metrics, cost_text
+from tune.search.budget import HOUR, Budget, Covered, Spent, short_number
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import RETRAIN, Ledger, Record
+from tune.store.stored_sweep import Sweep
 from tune.sweep import closing_words, enqueue_retraining
 
 SECONDS = 360.0  # of an epoch, a tenth of an hour
@@ -149,7 +149,7 @@ def test_a_kill_in_between_changes_nothing_of_what_was_spent(tmp_path: Path, see
 def test_gpu_hours_across_a_resume_with_another_share_of_a_gpu(tmp_path: Path) -> None:
     """Four epochs of a quarter second. The first three at half a GPU, the third of them known to the checkpoint alone when the
     driver is killed; the fourth at two GPUs: 3 x 0.25 x 0.5 + 0.25 x 2 GPU-seconds."""
-    from tune.trial import TrialActor
+    from tune.cluster.trial import TrialActor
 
     class FreeActor(TrialActor):
         def __init__(self, config: dict[str, Any]) -> None:  # without Tune's own, which wants a cluster
@@ -243,7 +243,7 @@ def test_trials_that_have_begun_are_finished_and_no_new_one_begins(tmp_path: Pat
 def play_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets a test say what the driver's clock shows."""
     now = SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr("tune.desk.time", now)
+    monkeypatch.setattr("tune.search.coordinator.time", now)
     return lambda seconds: setattr(now, "monotonic", lambda: seconds)
 
 

@@ -33,11 +33,20 @@ from tests.sweep_process import (
     wait_until,
 )
 from tests.sweeps import make_sweep
-from tune import cluster, executor
 from tune.checks import check_storage
-from tune.cluster import LOOK_SECONDS, MAX_REFUSALS, SILENT_SECONDS, Nodes, address_of, check_answers, why_not_here
-from tune.desk import Desk
-from tune.ledger import Ledger
+from tune.cluster.nodes import (
+    LOOK_SECONDS,
+    MAX_REFUSALS,
+    SILENT_SECONDS,
+    Nodes,
+    address_of,
+    check_answers,
+    executor,
+    why_not_here,
+)
+from tune.cluster.nodes import nodes as cluster
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
 from tune.spec import make_spec
 
 # -- which cluster ----------------------------------------------------------------------------------------------------
@@ -328,7 +337,7 @@ class Waiting(SimpleNamespace):
 
 def test_a_free_actor_is_for_the_newest_trial(tmp_path: Path) -> None:
     """The older ones have actors that are starting, which Tune would break off; a halt lets go of all that wait."""
-    from tune.scheduler import LedgerScheduler
+    from tune.cluster.scheduler import LedgerScheduler
 
     desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=4)
     trials = {key: Waiting(trial_id=key, status="PENDING", folder=False) for key in ("z", "a", "m")}

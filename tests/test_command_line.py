@@ -16,10 +16,10 @@ import search
 from tests.sweep_process import ROOT, make_finished_sweep, of_real_data
 from tests.sweep_process import search as call
 from tests.sweeps import epoch_record, make_sweep, new_storage, play
-from tune.desk import Desk
-from tune.ledger import RETRAIN, Ledger
-from tune.recipes import dataset
-from tune.report import retrain_rows
+from tune.report.leaderboard import retrain_rows
+from tune.search.coordinator import Desk
+from tune.search.ledger import RETRAIN, Ledger
+from tune.search.recipes import dataset
 from tune.spec import make_spec
 from tune.sweep import _provenance, enqueue_retraining, num_missing
 
@@ -475,10 +475,10 @@ def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
 import sys
 from tests.sweeps import make_sweep, play
 from pathlib import Path
-from tune.desk import Desk
-from tune.display import Display
-from tune.ledger import Ledger
-from tune.output import outlast_readers
+from tune.search.coordinator import Desk
+from tune.report.display import Display
+from tune.search.ledger import Ledger
+from tune.report.output import outlast_readers
 
 outlast_readers()
 ledger = Ledger(make_sweep(Path(sys.argv[1]), "piped", trials=40))

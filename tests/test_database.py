@@ -23,19 +23,20 @@ from tests.sweep_process import end_all, of_real_data, start, wait_until
 from tests.sweep_process import search as process
 from tests.sweeps import epoch_record, everything, files_with, in_child, kept_lines, made_up, make_sweep, play, stored_trials
 from training.locations import check_writable, names
-from tune import database as database_module
-from tune.cluster import Nodes
-from tune.database import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
-from tune.desk import FINISHED, Desk
-from tune.driver import Interruption
-from tune.files import LOCK, PROBE, Unreachable
-from tune.journal import DamagedFile
-from tune.ledger import RETRAIN, Ledger
-from tune.report import rows, sweep_lines
-from tune.space import Space
-from tune.spec import Sweep, check_place, make_spec
-from tune.tracker import Projection, noted_runs
-from tune.warm_start import warm_start
+from tune.cluster.interruption import Interruption
+from tune.cluster.nodes import Nodes
+from tune.report.leaderboard import rows, sweep_lines
+from tune.report.tracker import Projection, noted_runs
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import RETRAIN, Ledger
+from tune.search.space import Space
+from tune.search.warm_start import warm_start
+from tune.spec import make_spec
+from tune.store import postgres as database_module
+from tune.store.base import LOCK, PROBE, Unreachable
+from tune.store.journal import DamagedFile
+from tune.store.postgres import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
+from tune.store.stored_sweep import Sweep, check_place
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
 SECRET = "correct-horse-battery"
@@ -548,7 +549,7 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
             desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
             desk.ended("a")
 
-    monkeypatch.setattr("tune.executor.run", run)
+    monkeypatch.setattr("tune.cluster.executor.run", run)
     assert search.main([verb, "first", "--ledger", home.place]) == 1
     own_server.start()
     said = capsys.readouterr()

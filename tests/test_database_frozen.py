@@ -21,13 +21,13 @@ from tests.postgres import Postgres
 from tests.sweep_process import PATIENCE, ROOT, STARTED, end_all, of_real_data
 from tests.sweeps import epoch_record, made_up, make_sweep, play
 from tests.test_database import check_whole, play_while
-from tune import connection as connection_module
-from tune import database as database_module
-from tune.database import Database, DatabaseHome
-from tune.desk import FINISHED, Desk
-from tune.files import Unreachable
-from tune.ledger import Ledger
-from tune.spec import Sweep
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import Ledger
+from tune.store import connection as connection_module
+from tune.store import postgres as database_module
+from tune.store.base import Unreachable
+from tune.store.postgres import Database, DatabaseHome
+from tune.store.stored_sweep import Sweep
 
 COMMAND = "the command that goes on"
 DRIVER = """
@@ -35,10 +35,11 @@ import contextlib, sys, time
 from pathlib import Path
 from search import leave
 from tests.sweeps import epoch_record
-from tune import connection, executor
-from tune.database import DatabaseHome
-from tune.ledger import SWEEP
-from tune.spec import Sweep
+from tune.store import connection
+from tune.cluster import executor
+from tune.store.postgres import DatabaseHome
+from tune.search.ledger import SWEEP
+from tune.store.stored_sweep import Sweep
 from tune.sweep import execute
 
 url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
@@ -141,7 +142,7 @@ def test_a_frozen_database_stops_the_sweep(
         waited = time.monotonic() - began
         desk.ended("a")
 
-    monkeypatch.setattr("tune.executor.run", run)
+    monkeypatch.setattr("tune.cluster.executor.run", run)
     with contextlib.ExitStack() as stack:
         assert search.main(["resume", "first", "--ledger", home.place]) == 1
     assert 0.5 < waited < 8

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from search import build_parser, given
-from tune.cluster import address_of, room
+from tune.cluster.nodes import address_of, room
 from tune.spec import SweepSpec, make_spec
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.sweeps import epoch_record, make_sweep
-from tune.desk import FINISHED, Desk
-from tune.ledger import Ledger, Record
-from tune.spec import KEPT_CHECKPOINTS, Sweep
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import Ledger, Record
+from tune.spec import KEPT_CHECKPOINTS
+from tune.store.stored_sweep import Sweep
 
 SLOTS = 3
 

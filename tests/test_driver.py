@@ -15,19 +15,20 @@ import pytest
 
 from tests.sweep_process import PATIENCE, ROOT
 from tests.sweeps import make_sweep
-from tune import driver as driver_module
 from tune import sweep as sweep_module
-from tune.desk import Desk
-from tune.driver import LOOK_SECONDS, Interruption
-from tune.ledger import Ledger
+from tune.cluster.interruption import LOOK_SECONDS, Interruption
+from tune.cluster.nodes import interruption as driver_module
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
 
 STUCK = """
 import ctypes, sys
 from pathlib import Path
 from search import leave
-from tune import driver, executor
-from tune.ledger import SWEEP
-from tune.spec import Sweep
+from tune.cluster.nodes import interruption as driver
+from tune.cluster import executor
+from tune.search.ledger import SWEEP
+from tune.store.stored_sweep import Sweep
 from tune.sweep import execute
 
 def run(desk, spec, interruption, say):

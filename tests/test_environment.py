@@ -13,9 +13,9 @@ import pytest
 
 from data.processors import num_processors, quotas
 from tests.sweep_process import ROOT, SEARCH, board, hostile_folder, metric_lines
-from tune import environment, executor
 from tune.checks import check_resources
-from tune.environment import choose_folder, choose_token, short_folder
+from tune.cluster import environment, executor
+from tune.cluster.environment import choose_folder, choose_token, short_folder
 from tune.spec import make_spec
 
 # -- processors -------------------------------------------------------------------------------------------------------

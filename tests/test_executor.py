@@ -16,11 +16,11 @@ import pytest
 
 from tests.sweep_process import ROOT
 from tests.sweeps import epoch_record, make_sweep
-from tune import executor
-from tune.cluster import SILENT_SECONDS, capacity, how_many
-from tune.desk import Desk
-from tune.driver import Interruption
-from tune.ledger import Ledger
+from tune.cluster import executor
+from tune.cluster.interruption import Interruption
+from tune.cluster.nodes import SILENT_SECONDS, capacity, how_many
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
 from tune.spec import make_spec
 
 
@@ -87,7 +87,7 @@ def test_no_garbage_is_collected_while_ray_goes(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_head_of_a_cluster_is_missed_when_it_is_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr("tune.executor.time", now)
+    monkeypatch.setattr("tune.cluster.executor.time", now)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
@@ -115,7 +115,7 @@ def test_a_result_of_a_trial_that_was_given_up_is_not_taken(tmp_path: Path) -> N
 TOO_SLOW_AT_FIRST = """
 import psutil
 from search import leave
-from tune import executor
+from tune.cluster import executor
 
 executor._prepare()
 import ray

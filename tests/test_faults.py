@@ -22,19 +22,20 @@ from tests.faulty_sweep import FaultySweep, faulty_sweep, wait_for
 from tests.sweep_process import ROOT, epochs_by_trial, metric_lines
 from tests.sweeps import epoch_record, make_sweep
 from training.experiment import EpochRecord, Experiment
-from tune.desk import Desk
-from tune.ledger import Ledger, Record
-from tune.recipes import of_trial
-from tune.spec import MAX_LOST, Sweep
-from tune.trial import TrialActor, memory_fraction
-from tune.watchdog import NOTE, Watchdog, allowed_seconds, last_words
+from training.watchdog import NOTE, Watchdog, allowed_seconds, last_words
+from tune.cluster.trial import TrialActor, memory_fraction
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger, Record
+from tune.search.recipes import of_trial
+from tune.spec import MAX_LOST
+from tune.store.stored_sweep import Sweep
 
 # -- a trial that hangs -----------------------------------------------------------------------------------------------
 
 HANGS = """
 import re, sys, time
 from pathlib import Path
-from tune.watchdog import Watchdog
+from training.watchdog import Watchdog
 
 def deep_in_c():
     re.match("(a+)+$", "a" * 64 + "b")  # holds the interpreter's lock, for longer than anybody waits
@@ -74,7 +75,7 @@ def test_a_process_that_hangs_on_a_full_disk_ends_all_the_same(tmp_path: Path) -
 WAITS = """
 import sys, time
 from pathlib import Path
-from tune.watchdog import Watchdog
+from training.watchdog import Watchdog
 
 with Watchdog(Path(sys.argv[1])) as watchdog:
     watchdog.expect(0.2)
@@ -192,7 +193,7 @@ OSError: [Errno 5] Input/output error
 The above exception was the direct cause of the following exception:
 
 \x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=3962, ip=127.0.0.1, actor_id=5f0b, repr=<TrialActor object at 0x7f61>)
-  File "/app/tune/trial.py", line 48, in step
+  File "/app/tune/cluster/trial.py", line 48, in step
     diverged = self._advance(epochs, watchdog)
                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
 training.locations.Away: checkpoint /runs/first/checkpoints/0/checkpoint.pt cannot be read: Input/output error
@@ -214,7 +215,7 @@ training.locations.Away: checkpoint /runs/first/checkpoints/0/checkpoint.pt cann
 )
 def test_why_a_process_was_lost(error: str, line: str, tmp_path: Path) -> None:
     """As Ray 2.60 words it; in the ledger all of it is kept."""
-    from tune.scheduler import LedgerScheduler
+    from tune.cluster.scheduler import LedgerScheduler
 
     file = tmp_path / "error.txt"
     file.write_text(error)

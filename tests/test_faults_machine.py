@@ -26,9 +26,9 @@ from tests.sweep_process import (
     wait_until,
 )
 from training.experiment import Experiment
-from tune.ledger import Ledger
-from tune.recipes import of_trial
-from tune.spec import Sweep
+from tune.search.ledger import Ledger
+from tune.search.recipes import of_trial
+from tune.store.stored_sweep import Sweep
 
 
 @pytest.fixture

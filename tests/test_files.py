@@ -16,12 +16,13 @@ import pytest
 import search
 from tests.sweep_process import make_finished_sweep
 from tests.sweeps import in_child, make_sweep, play
-from tune.desk import Desk
-from tune.files import FolderHome
-from tune.journal import Journal, LineFile, open_storage
-from tune.ledger import RETRAIN, SWEEP, Ledger
-from tune.report import rows
-from tune.spec import Sweep, make_spec
+from tune.report.leaderboard import rows
+from tune.search.coordinator import Desk
+from tune.search.ledger import RETRAIN, SWEEP, Ledger
+from tune.spec import make_spec
+from tune.store.folder import FolderHome
+from tune.store.journal import Journal, LineFile, open_storage
+from tune.store.stored_sweep import Sweep
 from tune.sweep import enqueue_retraining
 
 

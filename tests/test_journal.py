@@ -23,8 +23,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tests.sweeps import in_child
-from tune import journal
-from tune.journal import DamagedFile, Journal, LineFile
+from tune.store import journal
+from tune.store.journal import DamagedFile, Journal, LineFile
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{'}, {"n": 2, "list": [1.5, None, True]}]
 

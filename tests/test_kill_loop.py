@@ -114,11 +114,11 @@ def run(sweep: Any) -> list[tuple[str, int]]:
     from ray.tune.schedulers import TrialScheduler
     from ray.tune.search import Searcher
 
-    from tune.desk import Desk
-    from tune.ledger import Ledger
-    from tune.scheduler import LedgerScheduler
-    from tune.searcher import LedgerSearcher
-    from tune.trial import TrialActor
+    from tune.cluster.scheduler import LedgerScheduler
+    from tune.cluster.searcher import LedgerSearcher
+    from tune.cluster.trial import TrialActor
+    from tune.search.coordinator import Desk
+    from tune.search.ledger import Ledger
 
     class FreeActor(TrialActor):
         def __init__(self, config: dict[str, Any]) -> None:  # without Tune's own, which wants a cluster
@@ -152,8 +152,8 @@ def run(sweep: Any) -> list[tuple[str, int]]:
 def kill_at(number: int, inside: bool) -> None:
     """From now on the process dies with its ``number``-th durable write: right after it, or with half of it on the disk."""
     from training import checkpoint
-    from tune.database import DatabaseLines
-    from tune.journal import LineFile
+    from tune.store.journal import LineFile
+    from tune.store.postgres import DatabaseLines
 
     count, fsync = 0, os.fsync
 
@@ -228,8 +228,8 @@ def check(sweep: Any, undisturbed: dict[str, Any]) -> None:
     """Everything that the kills could have broken."""
     from tests.sweeps import everything, kept_lines, made_up, stored_trials
     from training import checkpoint
-    from tune.ledger import Ledger
-    from tune.rungs import Rungs
+    from tune.search.ledger import Ledger
+    from tune.search.rungs import Rungs
 
     trials = stored_trials(sweep)
     states = [trial.state.name for trial in trials]
@@ -327,7 +327,7 @@ def loop(home: Any, way: str) -> None:
 
 
 if __name__ == "__main__":
-    from tune.files import open_home
+    from tune.store.locate import open_home
 
     for chosen in sys.argv[3:]:
         loop(open_home(sys.argv[1], sys.argv[2]), chosen)

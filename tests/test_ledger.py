@@ -17,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 from hparams import Value, declared
 from methods import METHODS, find_method
 from tests.sweeps import bytes_below, epoch_record, make_sweep, metric_lines, play
-from tune.desk import FINISHED, Desk
-from tune.journal import DamagedFile, LineFile
-from tune.ledger import RETRAIN, Ledger, Record
-from tune.recipes import dataset, of_trial
-from tune.report import leaderboard_text, retrain_rows, rows
-from tune.space import Space
-from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES, MAX_LOST, Sweep, make_spec
+from tune.report.leaderboard import leaderboard_text, retrain_rows, rows
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import RETRAIN, Ledger, Record
+from tune.search.recipes import dataset, of_trial
+from tune.search.space import Space
+from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES, MAX_LOST, make_spec
+from tune.store.journal import DamagedFile, LineFile
+from tune.store.stored_sweep import Sweep
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
 

@@ -15,11 +15,11 @@ from training import checkpoint
 from training.experiment import Experiment, Recipe
 from training.locations import Location, Remote, check_writable, location, names, remove
 from tune.checks import check_storage
-from tune.database import DatabaseHome
-from tune.desk import Desk
-from tune.ledger import Ledger
+from tune.report.tracking import artifacts_uri
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
 from tune.spec import KEPT_CHECKPOINTS
-from tune.tracking import artifacts_uri
+from tune.store.postgres import DatabaseHome
 
 SECRET = "correct-horse-battery"
 

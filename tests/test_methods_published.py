@@ -17,7 +17,7 @@ from methods.base import Clock
 from methods.pencil import PENCIL, PENCILConfig
 from tests.mutation import Mutation
 from tests.test_methods_contract import make, tiny_data, tiny_task
-from tune.space import Space
+from tune.search.space import Space
 from tune.spec import make_spec
 
 

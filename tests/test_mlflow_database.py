@@ -20,12 +20,12 @@ from sqlalchemy import make_url
 import search
 from tests.sweeps import make_sweep, new_storage
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, without_ids
-from tune import mlflow_database
-from tune.ledger import Ledger
-from tune.mlflow_database import Unusable, follow_storage, prepare, refusal
-from tune.spec import Sweep
-from tune.tracker import Projection
-from tune.tracking import artifacts_uri, sqlite_path, sqlite_uri, tracking_uri
+from tune.report.leaderboard import mlflow_database
+from tune.report.mlflow_database import Unusable, follow_storage, prepare, refusal
+from tune.report.tracker import Projection
+from tune.report.tracking import artifacts_uri, sqlite_path, sqlite_uri, tracking_uri
+from tune.search.ledger import Ledger
+from tune.store.stored_sweep import Sweep
 
 ODD = ["a?b", "a#b", "a%41b", "a b", "aéü", "a%b", "a?b=c&d"]
 

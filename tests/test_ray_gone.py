@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.sweep_process import assert_projected, assert_whole, board, end_all, metric_lines, search, start, wait_until
-from tune.driver import STOP_SECONDS
+from tune.cluster.interruption import STOP_SECONDS
 
 SPEC = {"method": "ce", "model": "mlp", "trials": 500, "epochs": 60, "scheduler": "none", "concurrent": 2}
 TIMING = {"checkpoint_seconds": 0.5, "report_seconds": 0.2}

@@ -14,10 +14,10 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from methods.base import first_epoch
 from tests.sweeps import epoch_record, make_sweep, play
-from tune.desk import Desk
-from tune.ledger import Ledger, Record
-from tune.report import rungs
-from tune.rungs import Rungs, below_cut
+from tune.report.leaderboard import rungs
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger, Record
+from tune.search.rungs import Rungs, below_cut
 from tune.spec import SweepSpec, make_spec
 
 Arrival = tuple[int, int, float]  # trial, epoch, value

@@ -13,8 +13,8 @@ from optuna.trial import TrialState
 from hparams import Value
 from methods import METHODS
 from tests.sweeps import made_up
-from tune.sampler import GroupedTPE
-from tune.space import Space
+from tune.search.sampler import GroupedTPE
+from tune.search.space import Space
 from tune.spec import make_spec
 
 Sampler = Callable[[int], optuna.samplers.BaseSampler]

@@ -14,13 +14,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import search
 from hparams import Hyperparameter, Interval, Range
 from tests.sweeps import epoch_record, make_sweep, play, stored_trials
-from tune.desk import FINISHED, Desk
-from tune.ledger import Ledger, Record
-from tune.sampler import Distinct, GroupedTPE
-from tune.space import Space
-from tune.spec import Sweep, make_spec, read_yaml
+from tune.search.coordinator import FINISHED, Desk
+from tune.search.ledger import Ledger, Record
+from tune.search.sampler import Distinct, GroupedTPE
+from tune.search.space import Space
+from tune.search.warm_start import warm_start
+from tune.spec import make_spec, read_yaml
+from tune.store.stored_sweep import Sweep
 from tune.sweep import closing_words, describe
-from tune.warm_start import warm_start
 
 BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None)
 DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None)
@@ -190,7 +191,7 @@ def test_what_is_new_is_proposed_as_ever(sampler: str, tmp_path: Path, monkeypat
     sweep = make_sweep(tmp_path, sampler=sampler, **large)
     play(Desk(Ledger(sweep), total=25, concurrent=2))
     plain = make_sweep(tmp_path, "plain", sampler=sampler, **large)
-    monkeypatch.setattr("tune.ledger.Distinct", lambda sampler, space, taken, seed: sampler)
+    monkeypatch.setattr("tune.search.ledger.Distinct", lambda sampler, space, taken, seed: sampler)
     play(Desk(Ledger(plain), total=25, concurrent=2))
     assert [trial.params for trial in stored_trials(sweep)] == [trial.params for trial in stored_trials(plain)]
 
@@ -216,7 +217,7 @@ def test_a_small_space_is_said_at_launch(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_method_that_may_begin_late_by_a_choice(tmp_path: Path) -> None:
-    from tune.recipes import dataset
+    from tune.search.recipes import dataset
 
     spec = make_spec({"method": ("alr",), "range": {"warmup": "0.1,0.4"}, "epochs": 30})
     lines = describe(spec, Space(spec), dataset(spec))

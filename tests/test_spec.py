@@ -12,9 +12,10 @@ from PIL import Image
 from data.dataset import DataSpec
 from training.experiment import Experiment, Recipe
 from tune.checks import check_views
-from tune.recipes import dataset
-from tune.space import Space
-from tune.spec import FIELDS, Sweep, make_spec
+from tune.search.recipes import dataset
+from tune.search.space import Space
+from tune.spec import FIELDS, make_spec
+from tune.store.stored_sweep import Sweep
 
 FIRST_VERSION = {"id": "0" * 16, "commit": "f27d56c", "data": ""}
 

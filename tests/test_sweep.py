@@ -202,11 +202,11 @@ import os, signal, sys, threading, time
 from contextlib import suppress
 from pathlib import Path
 from search import leave
-from tune import executor
-from tune.desk import Desk
-from tune.driver import Interrupted, Interruption
-from tune.ledger import Ledger
-from tune.spec import Sweep
+from tune.cluster import executor
+from tune.search.coordinator import Desk
+from tune.cluster.interruption import Interrupted, Interruption
+from tune.search.ledger import Ledger
+from tune.store.stored_sweep import Sweep
 
 sweep = Sweep.read(Path(sys.argv[1]))
 desk = Desk(Ledger(sweep), total=sweep.spec.trials, concurrent=2)

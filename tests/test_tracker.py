@@ -18,16 +18,16 @@ import yaml
 from optuna.trial import TrialState
 
 from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines, new_storage
-from tune import report
-from tune import tracker as tracker_module
-from tune.desk import Desk
-from tune.ledger import RETRAIN, Ledger
-from tune.mlflow_database import prepare
-from tune.recipes import from_yaml, of_trial
-from tune.report import plots_page, rows
-from tune.spec import Sweep
-from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name
-from tune.tracking import tracking_uri
+from tune.report.leaderboard import leaderboard as report
+from tune.report.leaderboard import plots_page, rows
+from tune.report.leaderboard import tracker as tracker_module
+from tune.report.mlflow_database import prepare
+from tune.report.tracker import BATCH, Projection, Tracker, noted_runs, run_name
+from tune.report.tracking import tracking_uri
+from tune.search.coordinator import Desk
+from tune.search.ledger import RETRAIN, Ledger
+from tune.search.recipes import from_yaml, of_trial
+from tune.store.stored_sweep import Sweep
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
 OURS = {"sweep", "sweep_id", "study", "role", "trial", "method", "state", "epochs", "error", "source", "seed", "best_params"}

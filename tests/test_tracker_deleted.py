@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, steps_once, without_ids
-from tune import tracker as tracker_module
-from tune.ledger import Ledger
-from tune.spec import Sweep
-from tune.tracker import Projection, Tracker, noted_runs
-from tune.tracking import tracking_uri
+from tune.report.leaderboard import tracker as tracker_module
+from tune.report.tracker import Projection, Tracker, noted_runs
+from tune.report.tracking import tracking_uri
+from tune.search.ledger import Ledger
+from tune.store.stored_sweep import Sweep
 
 CHILD = 0  # a trial that completes
 

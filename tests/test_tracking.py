@@ -13,12 +13,12 @@ import yaml
 import search
 from tests.test_tracker import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import sweep as sweep_module
-from tune import tracker as tracker_module
 from tune.checks import clean, launch_tracking
-from tune.ledger import Ledger
+from tune.report.leaderboard import tracker as tracker_module
+from tune.report.tracker import Tracker
+from tune.report.tracking import sqlite_uri, tracking_uri
+from tune.search.ledger import Ledger
 from tune.sweep import Ended
-from tune.tracker import Tracker
-from tune.tracking import sqlite_uri, tracking_uri
 
 SETTINGS = {
     "MLFLOW_EXPERIMENT_NAME": "theirs",

@@ -28,9 +28,9 @@ from cryptography.x509.oid import NameOID
 from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play
 from tune.checks import check_tracking
-from tune.desk import Desk
-from tune.ledger import Ledger
-from tune.tracker import Projection, Tracker
+from tune.report.tracker import Projection, Tracker
+from tune.search.coordinator import Desk
+from tune.search.ledger import Ledger
 
 SECRET = "correct-horse-battery"
 BASIC = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()

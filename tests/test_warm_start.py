@@ -13,11 +13,12 @@ from hparams import Value, declared
 from methods import find_method
 from tests.sweeps import bytes_below, epoch_record, make_sweep
 from tune import sweep as verbs
-from tune.ledger import Ledger
-from tune.recipes import from_flags
-from tune.space import Space
-from tune.spec import Sweep, make_spec
-from tune.warm_start import TAKEN, WarmStart, warm_start
+from tune.search.ledger import Ledger
+from tune.search.recipes import from_flags
+from tune.search.space import Space
+from tune.search.warm_start import TAKEN, WarmStart, warm_start
+from tune.spec import make_spec
+from tune.store.stored_sweep import Sweep
 
 LRS = [0.02, 0.03, 0.04, 0.05, 0.06, 0.07]
 

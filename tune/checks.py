@@ -18,11 +18,11 @@ from data.processors import num_processors
 from data.views import make_views
 from models import make_model
 from training.locations import AT, Credentials, Location, check_writable
-from tune.cluster import address_of
-from tune.environment import short_folder
-from tune.space import Space
+from tune.cluster.environment import short_folder
+from tune.cluster.nodes import address_of
+from tune.report.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
+from tune.search.space import Space
 from tune.spec import SweepSpec
-from tune.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
 
 WEB = ("http", "https")
 FLAG = "--tracking"

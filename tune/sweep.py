@@ -24,8 +24,6 @@ from data.noise import NoiseReport, parse_noise
 from data.views import SAID_OF_VIEWS
 from methods import METHODS
 from methods.base import first_epoch
-from tune import executor
-from tune.budget import CONFIGURATIONS
 from tune.checks import (
     FLAG,
     NoAnswer,
@@ -40,19 +38,23 @@ from tune.checks import (
     launch_tracking,
     num_gpus,
 )
-from tune.cluster import address_of
-from tune.desk import Desk
-from tune.display import Display
-from tune.driver import Interruption
-from tune.files import DAMAGED, LOCK, NOISE, RECORD, Home, as_home, held
-from tune.ledger import RETRAIN, SWEEP, Ledger, Record
-from tune.recipes import dataset as dataset_of
-from tune.report import best_config_text
-from tune.space import Space
-from tune.spec import Sweep, SweepSpec, check_name, check_place, check_trusted, make_spec
-from tune.tracker import Tracker
-from tune.tracking import VARIABLE, tracking_uri
-from tune.warm_start import WarmStart, warm_start
+from tune.cluster import executor
+from tune.cluster.interruption import Interruption
+from tune.cluster.nodes import address_of
+from tune.report.display import Display
+from tune.report.leaderboard import best_config_text
+from tune.report.tracker import Tracker
+from tune.report.tracking import VARIABLE, tracking_uri
+from tune.search.budget import CONFIGURATIONS
+from tune.search.coordinator import Desk
+from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record
+from tune.search.recipes import dataset as dataset_of
+from tune.search.space import Space
+from tune.search.warm_start import WarmStart, warm_start
+from tune.spec import SweepSpec, check_trusted, make_spec
+from tune.store.base import DAMAGED, LOCK, NOISE, RECORD, Home, held
+from tune.store.locate import as_home
+from tune.store.stored_sweep import Sweep, check_name, check_place
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "ray", "optuna", "mlflow")

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
-from tune.budget import HOUR, Spent, short_number
-from tune.files import Home
-from tune.ledger import SWEEP, Ledger, Record
-from tune.recipes import of_trial
-from tune.rungs import Rungs
-from tune.spec import Sweep
+from tune.search.budget import HOUR, Spent, short_number
+from tune.search.ledger import SWEEP, Ledger, Record
+from tune.search.recipes import of_trial
+from tune.search.rungs import Rungs
+from tune.store.base import Home
+from tune.store.stored_sweep import Sweep
 
 
 def rows(ledger: Ledger, runs: Mapping[int, str], records: Sequence[Record] | None = None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from training.experiment import EpochRecord
-from tune.desk import Desk
+from tune.search.coordinator import Desk
 
 
 class LedgerScheduler(FIFOScheduler):

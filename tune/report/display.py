@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tune.ledger import Ledger, Record
-from tune.report import leaderboard, rows
+from tune.report.leaderboard import leaderboard, rows
+from tune.search.ledger import Ledger, Record
 
 REFRESH = 0.5
 SHOWN = 12

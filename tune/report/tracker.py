@@ -21,11 +21,11 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from tune.files import NOISE
-from tune.ledger import SWEEP, Ledger, Record
-from tune.mlflow_database import follow_run, follow_storage, is_own, prepare
-from tune.report import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
-from tune.tracking import artifacts_uri, quiet, sqlite_path
+from tune.report.leaderboard import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
+from tune.report.mlflow_database import follow_run, follow_storage, is_own, prepare
+from tune.report.tracking import artifacts_uri, quiet, sqlite_path
+from tune.search.ledger import SWEEP, Ledger, Record
+from tune.store.base import NOISE
 
 STATUS = {
     TrialState.COMPLETE: "FINISHED",

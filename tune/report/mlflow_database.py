@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.folders import alone
-from tune.tracking import ARTIFACTS, DATABASE, quiet, sqlite_path, sqlite_uri
+from tune.report.tracking import ARTIFACTS, DATABASE, quiet, sqlite_path, sqlite_uri
 
 SETTLED = 10.0  # seconds after which a file that is half made is nobody's work in progress
 SIDECARS = "-journal", "-wal", "-shm"  # what SQLite keeps beside a file

@@ -25,9 +25,9 @@ import psycopg
 from psycopg import conninfo, errors
 
 from training.locations import AT, Credentials, Location, location, names, remove
-from tune.connection import Connection
-from tune.files import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
-from tune.journal import DamagedFile
+from tune.store.base import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
+from tune.store.connection import Connection
+from tune.store.journal import DamagedFile
 
 RETRY_SECONDS = 60.0  # that a database which is away is waited for
 PAUSE = 0.5  # between two attempts

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 from optuna.trial import TrialState
 
 from hparams import Value
-from tune.files import NAME, RECORD, FolderHome, Home, as_home
-from tune.ledger import Ledger, Record
-from tune.space import Space
-from tune.spec import Sweep, SweepSpec
+from tune.search.ledger import Ledger, Record
+from tune.search.space import Space
+from tune.spec import SweepSpec
+from tune.store.base import NAME, RECORD, Home
+from tune.store.folder import FolderHome
+from tune.store.locate import as_home
+from tune.store.stored_sweep import Sweep
 
 TAKEN = 5  # complete trials of the earlier sweep that are looked at
 

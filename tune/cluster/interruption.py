@@ -14,8 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from tune.desk import Desk
-from tune.files import Flag, Unreachable
+from tune.search.coordinator import Desk
+from tune.store.base import Flag, Unreachable
 
 GRACE_SECONDS = 7.5  # that epochs in progress get to end after Ctrl-C; Ray then takes a second or two to end
 STUCK_SECONDS = 9.4  # after which Ray is not waited for any more

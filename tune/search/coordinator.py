@@ -18,11 +18,11 @@ from optuna.trial import TrialState
 
 from training.experiment import EpochRecord
 from training.locations import names, remove
-from tune.ledger import Ledger, Record
-from tune.recipes import of_trial
-from tune.rungs import Rungs
+from training.watchdog import last_words
+from tune.search.ledger import Ledger, Record
+from tune.search.recipes import of_trial
+from tune.search.rungs import Rungs
 from tune.spec import KEPT_CHECKPOINTS, MAX_FAILURES
-from tune.watchdog import last_words
 
 Finished = Literal["finished"]
 FINISHED: Finished = "finished"

@@ -6,7 +6,7 @@ import bisect
 import math
 
 from methods.base import first_epoch
-from tune.ledger import SWEEP, Ledger, Record
+from tune.search.ledger import SWEEP, Ledger, Record
 
 
 def below_cut(value: float, others: list[float], reduction_factor: int, min_results: int) -> bool:

@@ -14,8 +14,8 @@ from data.dataset import Dataset, DataSpec
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
-from tune.ledger import Ledger, Record
-from tune.space import Space
+from tune.search.ledger import Ledger, Record
+from tune.search.space import Space
 from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field
 
 

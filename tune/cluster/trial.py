@@ -13,7 +13,7 @@ from typing import Any
 from ray.tune import Trainable
 
 from training.locations import Away, location
-from tune.watchdog import Watchdog, allowed_seconds
+from training.watchdog import Watchdog, allowed_seconds
 
 log = logging.getLogger(__name__)
 CUDA_CONTEXT_BYTES = 768 * 2**20  # what a process takes on a GPU beside its tensors: its context, loaded kernels

@@ -22,14 +22,15 @@ from optuna.trial import TrialState
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
-from tune.budget import CONFIGURATIONS, HOUR, Account, Budget, Spent
-from tune.journal import DamagedFile, Journal, Lines, open_storage
-from tune.sampler import Distinct, GroupedTPE
-from tune.space import Space
-from tune.spec import MAX_LOST, Sweep
-from tune.studies import RETRAIN as RETRAIN
-from tune.studies import SWEEP as SWEEP
-from tune.studies import other_studies, study_name
+from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget, Spent
+from tune.search.sampler import Distinct, GroupedTPE
+from tune.search.space import Space
+from tune.spec import MAX_LOST
+from tune.store.journal import DamagedFile, Journal, Lines, open_storage
+from tune.store.stored_sweep import Sweep
+from tune.store.studies import RETRAIN as RETRAIN
+from tune.store.studies import SWEEP as SWEEP
+from tune.store.studies import other_studies, study_name
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 
-from tune.space import Space
+from tune.search.space import Space
 
 
 class GroupedTPE(optuna.samplers.TPESampler):

@@ -15,9 +15,10 @@ from typing import Any
 from data.cache import same_table
 from data.dataset import DataSpec
 from training.locations import check_writable, location
-from tune.desk import Desk
-from tune.files import PROBE
-from tune.spec import Sweep, SweepSpec
+from tune.search.coordinator import Desk
+from tune.spec import SweepSpec
+from tune.store.base import PROBE
+from tune.store.stored_sweep import Sweep
 
 ADDRESS = re.compile(r"auto|(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 PATIENCE = 5  # seconds that a cluster gets to answer

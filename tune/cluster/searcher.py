@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from tune.desk import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Desk
 
 
 class LedgerSearcher(Searcher):

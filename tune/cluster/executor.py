@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from data.processors import num_processors
-from tune.cluster import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
-from tune.desk import Desk
-from tune.driver import Interruption
-from tune.environment import choose_folder, choose_token
-from tune.spec import Sweep, SweepSpec
+from tune.cluster.environment import choose_folder, choose_token
+from tune.cluster.interruption import Interruption
+from tune.cluster.nodes import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
+from tune.search.coordinator import Desk
+from tune.spec import SweepSpec
+from tune.store.stored_sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTS = 3  # attempts to start a Ray of our own
@@ -257,9 +258,9 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
     from ray.tune.execution import class_cache
     from ray.tune.progress_reporter import TrialProgressCallback
 
-    from tune.scheduler import LedgerScheduler
-    from tune.searcher import LedgerSearcher
-    from tune.trial import TrialActor
+    from tune.cluster.scheduler import LedgerScheduler
+    from tune.cluster.searcher import LedgerSearcher
+    from tune.cluster.trial import TrialActor
 
     passed_on: set[str] = class_cache.ENV_VARS_TO_PROPAGATE  # to the workers, by way of an agent that logs their values
     passed_on -= {name for name in passed_on if name.startswith("AWS_")}

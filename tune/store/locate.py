@@ -1,0 +1,30 @@
+"""Which store is meant, by ``--storage`` and ``--ledger``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.locations import Remote, location
+from tune.store.base import Home
+from tune.store.folder import FolderHome
+
+
+def open_home(storage: str | None, ledger: str) -> Home:
+    """Where sweeps live, by ``--storage`` and ``--ledger``. ValueError where that is nowhere."""
+    if storage is not None and not storage.strip():
+        raise ValueError(f"--storage: {storage!r} is not allowed; name a folder, or leave it out for ./runs")
+    try:
+        place = location(storage) if storage else None
+    except ValueError as error:
+        raise ValueError(f"--storage: {error}") from error
+    if ledger:
+        from tune.store.postgres import DatabaseHome  # psycopg takes a while to import
+
+        return DatabaseHome(ledger, place)
+    if isinstance(place, Remote):
+        raise ValueError(f"--storage: {storage!r} holds checkpoints only; give a database for the rest with --ledger URL")
+    return FolderHome(place or Path("runs").resolve())
+
+
+def as_home(place: Path | Home) -> Home:
+    return place if isinstance(place, Home) else FolderHome(place)
