@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from tune.search.ledger import Ledger
-    from tune.sweep import Ended
+    from tune.sweep import Outcome
 
 EXAMPLES = """examples:
   python search.py launch first --method alr --trials 24        a sweep over ALR on digits with 40 % symmetric noise
@@ -133,25 +133,25 @@ def launch(options: argparse.Namespace) -> int:
     from tune import sweep
 
     how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
-    ended = sweep.launch(options.name, options.home, spec, **how)
-    return finish(ended, shown(10))
+    outcome = sweep.launch(options.name, options.store, spec, **how)
+    return finish(outcome, shown(10))
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    ended = sweep.resume(options.name, options.home, given(options))
-    return finish(ended, shown(10))
+    outcome = sweep.resume(options.name, options.store, given(options))
+    return finish(outcome, shown(10))
 
 
-def finish(ended: Ended, table: Callable[[Ledger], str]) -> int:
+def finish(outcome: Outcome, table: Callable[[Ledger], str]) -> int:
     """The table after a run, and its last words, which come also where a database has gone."""
     try:
-        if ended.ledger:
-            print(table(ended.ledger), flush=True)
+        if outcome.ledger:
+            print(table(outcome.ledger), flush=True)
     except OSError as error:
         print(f"warning: the table cannot be shown: {error}", file=sys.stderr)
-    return ended.say()
+    return outcome.say()
 
 
 def retrain(options: argparse.Namespace) -> int:
@@ -160,10 +160,10 @@ def retrain(options: argparse.Namespace) -> int:
     from tune.report.leaderboard import retrain_rows, retrain_text
 
     if not options.json:
-        return finish(sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds), retrain_text)
+        return finish(sweep.retrain(options.name, options.store, top=top, num_seeds=num_seeds), retrain_text)
     with contextlib.redirect_stdout(sys.stderr):  # the JSON stands alone
-        ended = sweep.retrain(options.name, options.home, top=top, num_seeds=num_seeds)
-    return finish(ended, lambda ledger: json.dumps(retrain_rows(ledger), indent=1))
+        outcome = sweep.retrain(options.name, options.store, top=top, num_seeds=num_seeds)
+    return finish(outcome, lambda ledger: json.dumps(retrain_rows(ledger), indent=1))
 
 
 def best(options: argparse.Namespace) -> int:
@@ -173,7 +173,7 @@ def best(options: argparse.Namespace) -> int:
     from tune.search.ledger import Ledger
     from tune.store.stored_sweep import Sweep
 
-    ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
+    ledger = Ledger(Sweep.find(options.store, options.name), read_only=True)
     if not (options.json or options.rungs):
         print(shown(top)(ledger))
         return 0
@@ -207,14 +207,14 @@ def train(options: argparse.Namespace) -> int:
         recipe = from_flags(flags, download=options.download)
     import torch
 
-    from training.experiment import Experiment
+    from training.experiment import TrialRun
     from tune.checks import check_compiler
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as a trial with one CPU: sums in another order are other numbers
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_compiler(recipe.compile, device)
-    experiment = Experiment(recipe, device=device)
+    experiment = TrialRun(recipe, device=device)
     found = recipe.dataset().noise
     noise = f"noise {recipe.noise}{f' ({found})' if found else ''}"
     print(f"{recipe.method} on {recipe.data}, {noise}, network {recipe.model}, {recipe.epochs} epochs")
@@ -234,7 +234,7 @@ def train(options: argparse.Namespace) -> int:
 def list_sweeps(options: argparse.Namespace) -> int:
     from tune.report.leaderboard import sweep_lines
 
-    for line in sweep_lines(options.home):
+    for line in sweep_lines(options.store):
         print(line)
     return 0
 
@@ -242,7 +242,7 @@ def list_sweeps(options: argparse.Namespace) -> int:
 def stop(options: argparse.Namespace) -> int:
     from tune import sweep
 
-    return sweep.stop(options.name, options.home)
+    return sweep.stop(options.name, options.store)
 
 
 def ui(options: argparse.Namespace) -> int:
@@ -251,7 +251,7 @@ def ui(options: argparse.Namespace) -> int:
     from tune.report.mlflow_database import prepare_for_pages
     from tune.report.tracking import DATABASE, quiet, tracking_uri
 
-    storage = options.home.storage
+    storage = options.store.storage
     if isinstance(storage, Remote) or not (storage / DATABASE).is_file():
         raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     try:
@@ -283,9 +283,9 @@ RUNNING = {"launch", "resume", "retrain"}  # verbs that go on when nobody reads 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
-        from tune.store.locate import open_home
+        from tune.store.locate import open_store
 
-        options.home = open_home(options.storage, options.ledger)
+        options.store = open_store(options.storage, options.ledger)
         code = VERBS[options.verb](options)
         sys.stdout.flush()
         return code

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from methods import METHODS  # noqa: E402  the checkout is not installed
-from training.experiment import Experiment, Recipe  # noqa: E402
+from training.experiment import Recipe, TrialRun  # noqa: E402
 
 TRUSTED = 50
 
@@ -32,7 +32,7 @@ TRUSTED = 50
 def seconds(method: str, epochs: int) -> float:
     """Wall time of one run at default hyperparameters."""
     trusted = TRUSTED if METHODS[method].needs_trusted else 0
-    experiment = Experiment(
+    experiment = TrialRun(
         Recipe(
             method,
             {"batch_size": 64},

@@ -38,7 +38,7 @@ from optuna.trial import TrialState  # noqa: E402  the checkout is not installed
 from methods import METHODS  # noqa: E402
 from training.experiment import EpochRecord  # noqa: E402
 from tune.report.leaderboard import mean_and_error, retrain_rows  # noqa: E402
-from tune.search.coordinator import FINISHED, Desk  # noqa: E402
+from tune.search.coordinator import FINISHED, Coordinator  # noqa: E402
 from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
 from tune.search.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import SweepSpec, make_spec, read_pairs  # noqa: E402
@@ -79,14 +79,14 @@ def slots() -> Iterator[list[Connection]]:
 
 def run(ledger: Ledger, total: int, pipes: list[Connection]) -> None:
     """Runs what is left of a study. RuntimeError where a trial fails."""
-    desk, turn = Desk(ledger, total=total, concurrent=SLOTS), threading.Lock()
+    coordinator, turn = Coordinator(ledger, total=total, concurrent=SLOTS), threading.Lock()
 
     def work(slot: int) -> None:
         for number in range(10**9):
             key = f"{slot}-{number}"
             with turn:
-                record = desk.next(key)
-                config = {"trial": json.dumps(desk.config(record))} if isinstance(record, Record) else None
+                record = coordinator.next(key)
+                config = {"trial": json.dumps(coordinator.config(record))} if isinstance(record, Record) else None
             if record == FINISHED:
                 return
             if config is None:
@@ -100,9 +100,9 @@ def run(ledger: Ledger, total: int, pipes: list[Connection]) -> None:
                     raise RuntimeError(result["failure"])
                 epochs = [EpochRecord(**epoch) for epoch in result["epochs"]]
                 with turn:
-                    keep = desk.result(key, epochs, failure=None, diverged=result["diverged"])
+                    keep = coordinator.result(key, epochs, failure=None, diverged=result["diverged"])
             with turn:
-                desk.ended(key)
+                coordinator.released(key)
 
     with ThreadPoolExecutor(SLOTS) as pool:
         list(pool.map(work, range(SLOTS)))

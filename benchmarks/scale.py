@@ -2,10 +2,11 @@
 
     python benchmarks/scale.py [--methods alr] [--marks 100,1000,10000] [--folder FOLDER] [--no-mlflow] [--out FILE.json]
 
-The desk, the ledger on disk, the sampler, the display and the projection into MLflow are the real ones. What is free is the
-training: a trial's epochs are made up, with the metrics of an ALR trial, and come in results as a trial reports them, up to its
-next rung. Ray is left out: what its loop costs is in ``sweep_overhead.py``. Up to the last hundred trials before a mark
-configurations are drawn at random, which is faster; over those hundred TPE proposes, and these stand at the mark:
+The coordinator, the ledger on disk, the sampler, the display and the projection into MLflow are the real ones.
+What is free is the training: a trial's epochs are made up, with the metrics of an ALR trial, and come in results as a trial
+reports them, up to its next rung. Ray is left out: what its loop costs is in ``sweep_overhead.py``. Up to the last hundred
+trials before a mark configurations are drawn at random, which is faster; over those hundred TPE proposes, and these stand at
+the mark:
 
 - the driver's time per result (recording, judging, ending a trial, the line on the screen) and per suggestion (proposal and
   what an actor needs), as processor time and as wall time, which on a shared machine and a slow disk is larger;
@@ -42,7 +43,7 @@ from training.experiment import EpochRecord  # noqa: E402
 from tune.report.display import Display  # noqa: E402
 from tune.report.tracker import Projection  # noqa: E402
 from tune.report.tracking import tracking_uri  # noqa: E402
-from tune.search.coordinator import Desk  # noqa: E402
+from tune.search.coordinator import Coordinator  # noqa: E402
 from tune.search.ledger import Ledger, Record  # noqa: E402
 from tune.search.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import make_spec  # noqa: E402
@@ -97,32 +98,32 @@ class Free:
         return found
 
 
-def grow(desk: Desk, free: Free, total: int, watch: Watch, projection: Projection | None) -> None:
+def grow(coordinator: Coordinator, free: Free, total: int, watch: Watch, projection: Projection | None) -> None:
     """Runs trials, slot by slot, until ``total`` have ended."""
-    stops = [*desk.ledger.sweep.spec.rungs(), EPOCHS]
-    desk.total = total
-    num_given, synced = len(desk.ledger.records), desk.ledger.num_counted()
-    while desk.ledger.num_counted() < total:
+    stops = [*coordinator.ledger.sweep.spec.rungs(), EPOCHS]
+    coordinator.total = total
+    num_given, synced = len(coordinator.ledger.records), coordinator.ledger.num_counted()
+    while coordinator.ledger.num_counted() < total:
         while True:
             key = f"{num_given}"
             with watch("suggestion"):
-                record = desk.next(key)
+                record = coordinator.next(key)
                 if isinstance(record, Record):
-                    json.dumps(desk.config(record))
+                    json.dumps(coordinator.config(record))
             if not isinstance(record, Record):
                 watch.taken["suggestion"].pop()
                 break
             num_given += 1
-        for key, record in list(desk.live.items()):
+        for key, record in list(coordinator.live.items()):
             report = free.epochs(record, next(stop for stop in stops if stop > record.epochs))
-            folder = Path(str(desk.ledger.checkpoints)) / str(record.number)
+            folder = Path(str(coordinator.ledger.checkpoints)) / str(record.number)
             folder.mkdir(parents=True, exist_ok=True)  # a trial saves at its rungs
             (folder / "checkpoint.pt").write_bytes(b"state" * 1000)
             with watch("result"):
-                if not desk.result(key, report, failure=None, diverged=False):
-                    desk.ended(key)
-        if projection and (desk.ledger.num_counted() - synced >= SYNC_EACH or desk.ledger.num_counted() >= total):
-            num_new, synced = desk.ledger.num_counted() - synced, desk.ledger.num_counted()
+                if not coordinator.result(key, report, failure=None, diverged=False):
+                    coordinator.released(key)
+        if projection and (coordinator.ledger.num_counted() - synced >= SYNC_EACH or coordinator.ledger.num_counted() >= total):
+            num_new, synced = coordinator.ledger.num_counted() - synced, coordinator.ledger.num_counted()
             with watch("tracker"):
                 projection.sync()
             watch.taken["tracker"][-1] = tuple(taken / max(1, num_new) for taken in watch.taken["tracker"][-1])  # type: ignore[assignment]
@@ -182,13 +183,13 @@ def measured(options: argparse.Namespace, storage: Path) -> Iterator[dict[str, A
         ledger.enqueue(ledger.space.defaults(method, spec)[0])
     projection = None if options.no_mlflow else Projection(ledger, tracking_uri(storage, ""))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), Display(ledger, marks[-1]) as display:
-        desk = Desk(ledger, total=0, concurrent=SLOTS, on_event=display.event)
+        coordinator = Coordinator(ledger, total=0, concurrent=SLOTS, on_event=display.event)
         free = Free(ledger)
         for mark in marks:
             ledger.sweep = dataclasses.replace(sweep, spec=dataclasses.replace(spec, sampler="random"))
-            grow(desk, free, max(1, mark - WINDOW), Watch(), projection)
+            grow(coordinator, free, max(1, mark - WINDOW), Watch(), projection)
             ledger.sweep, watch = sweep, Watch()
-            grow(desk, free, mark, watch, projection)
+            grow(coordinator, free, mark, watch, projection)
             Sweep(sweep.folder, make_spec({**vars(spec), "trials": mark}), provenance).write()
             yield at_mark(sweep, mark, watch, projection)
 

@@ -159,10 +159,10 @@ def run_stock(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def train(config: dict[str, Any]) -> None:
         import torch
 
-        from training.experiment import Experiment, Recipe
+        from training.experiment import Recipe, TrialRun
 
         torch.set_num_threads(1)
-        for record in Experiment(Recipe(**{**recipe, "values": {**recipe["values"], **config}}), rungs=rungs):
+        for record in TrialRun(Recipe(**{**recipe, "values": {**recipe["values"], **config}}), rungs=rungs):
             tune.report({"objective": record.objective, "epoch": record.epoch, "ended": record.time, **record.metrics})
 
     def stamps(trial: Any, result: dict[str, Any]) -> list[Stamp]:
@@ -204,13 +204,13 @@ def replay(work: list[dict[str, Any]], barrier: Any, position: Any, stamps: Any)
     """One slot: takes the next piece of work until none is left. Imports and data are there before the clock starts."""
     import torch
 
-    from training.experiment import Experiment, Recipe
+    from training.experiment import Recipe, TrialRun
 
     torch.set_num_threads(1)
     os.nice(NICENESS)
 
-    def build(piece: dict[str, Any]) -> Experiment:
-        return Experiment(Recipe(**piece["recipe"]), rungs=piece["rungs"])
+    def build(piece: dict[str, Any]) -> TrialRun:
+        return TrialRun(Recipe(**piece["recipe"]), rungs=piece["rungs"])
 
     build(work[0])
     done: list[Stamp] = []

@@ -49,7 +49,7 @@ from data.table import Labelled  # noqa: E402
 from methods.alr import ALRConfig  # noqa: E402
 from methods.base import Clock, half_cosine, memory_momentum  # noqa: E402
 from models import make_model  # noqa: E402
-from training.experiment import Experiment, Recipe, tested_epochs  # noqa: E402
+from training.experiment import Recipe, TrialRun, tested_epochs  # noqa: E402
 
 MODELS = {"digits": "small-cnn", "cifar-like": "resnet18"}
 
@@ -104,7 +104,7 @@ def recipe(method: str, options: argparse.Namespace) -> Recipe:
 
 
 def ours(method: str, options: argparse.Namespace, device: str) -> Speed:
-    experiment = Experiment(recipe(method, options), device=device)
+    experiment = TrialRun(recipe(method, options), device=device)
     num_train = len(experiment.recipe.dataset().train)
     experiment.advance()
     began = synchronised(device)
@@ -116,7 +116,7 @@ def ours(method: str, options: argparse.Namespace, device: str) -> Speed:
     return Speed(options.epochs * num_train / trained, options.epochs * num_train / evaluated, num_train / used)
 
 
-def run_steps(experiment: Experiment, device: str) -> None:
+def run_steps(experiment: TrialRun, device: str) -> None:
     """The last epoch of the budget without what comes after it."""
     clock = Clock(experiment.recipe.epochs - 1, experiment.recipe.epochs)
     experiment.method.train()
@@ -244,7 +244,7 @@ def busy_seconds(device: str) -> float:
 
 def step_rate(method: str, options: argparse.Namespace, device: str) -> tuple[float, float]:
     """Of the last epoch's steps, forward and backward: floating-point operations per sample, and per second of work."""
-    experiment = Experiment(recipe(method, options), device=device)
+    experiment = TrialRun(recipe(method, options), device=device)
     with FlopCounterMode(display=False) as counter:
         run_steps(experiment, device)
     began = busy_seconds(device)
@@ -267,7 +267,7 @@ def matmul_rate(device: str) -> float:
 
 def print_profile(method: str, options: argparse.Namespace, device: str) -> None:
     """Operations per step and the share of time of each kind, itself alone, evaluation included."""
-    experiment = Experiment(recipe(method, options), device=device)
+    experiment = TrialRun(recipe(method, options), device=device)
     for _ in range(1 + experiment.recipe.epochs // 2):  # past the warm-up
         experiment.advance()
     activities = [torch.profiler.ProfilerActivity.CPU]

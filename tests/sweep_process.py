@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 
 from tests.sweeps import make_sweep, play
-from tune.report.leaderboard import leaderboard as report
+from tune.report import leaderboard as report
 from tune.report.tracker import noted_runs
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.search.recipes import dataset
 from tune.store.stored_sweep import Sweep
@@ -193,5 +193,5 @@ def of_real_data(sweep: Sweep) -> Sweep:
 def make_finished_sweep(storage: Path, name: str) -> Path:
     """A sweep of three made-up trials that has ended, with the checksum of the real data; returns its folder."""
     sweep = of_real_data(make_sweep(storage, name, trials=3, epochs=3))
-    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    play(Coordinator(Ledger(sweep), total=3, concurrent=2))
     return sweep.folder

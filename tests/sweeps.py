@@ -20,12 +20,12 @@ from hparams import Value
 from tests.postgres import dumped
 from training.experiment import EpochRecord
 from training.locations import check_writable
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.spec import make_spec
-from tune.store.base import Home
-from tune.store.folder import FolderHome
-from tune.store.locate import as_home
+from tune.store.base import SweepStore
+from tune.store.folder import FolderStore
+from tune.store.locate import as_store
 from tune.store.stored_sweep import Sweep
 
 CREATED = 1_700_000_000.25
@@ -38,20 +38,25 @@ def new_storage(folder: Path, migrated_store: Path) -> Path:
     return folder
 
 
-def make_sweep(home: Path | Home, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
+def make_sweep(store: Path | SweepStore, name: str = "first", *, defaults_first: bool = False, **fields: Any) -> Sweep:
     """A sweep as ``launch`` leaves it: spec and study are kept, no trial has run. ``fields`` are those of the spec."""
-    home = as_home(home)
-    check_writable(home.storage)
+    store = as_store(store)
+    check_writable(store.storage)
     spec = make_spec({"method": ("ce",), "model": "mlp", "trials": 4, "epochs": 4, "sampler": "random", **fields})
-    provenance = {"id": f"{name}-0123456789abcdef", "created": CREATED, "data": "0" * 64, "commit": "unknown"} | home.provenance
-    with home.making(name) as (folder, files):
+    provenance = {
+        "id": f"{name}-0123456789abcdef",
+        "created": CREATED,
+        "data": "0" * 64,
+        "commit": "unknown",
+    } | store.provenance
+    with store.create(name) as (folder, files):
         sweep = Sweep(folder, spec, provenance, files)
         ledger = Ledger(sweep, create=True)
         if defaults_first:
             for method in spec.method:
                 ledger.enqueue(ledger.space.defaults(method, spec)[0])
         sweep.write()
-    return Sweep(home.folder(name, provenance), spec, provenance, home.files(name))
+    return Sweep(store.folder(name, provenance), spec, provenance, store.files(name))
 
 
 def epoch_record(epoch: int, objective: float, **metrics: float) -> EpochRecord:
@@ -67,28 +72,28 @@ def made_up(values: dict[str, Value], epoch: int) -> float:
 
 
 def play(
-    desk: Desk,
+    coordinator: Coordinator,
     value: Callable[[Record, int], float] = lambda record, epoch: made_up(record.values, epoch),
     *,
     keep: Iterable[int] = (),
 ) -> None:
-    """Runs what a desk hands out, one epoch of each live trial in turn, until the budget is spent; writes a file as each
+    """Runs what a coordinator hands out, one epoch of each live trial in turn, until the budget is spent; writes a file as each
     trial's checkpoint. Trials in ``keep`` are left running after their first epoch."""
     slots = iter(range(10**6))
     held = set()
     while True:
-        while (record := desk.next(f"slot-{next(slots)}")) not in (None, FINISHED):
-            folder = desk.ledger.checkpoints / str(record.number)  # type: ignore[union-attr]
+        while (record := coordinator.next(f"slot-{next(slots)}")) not in (None, FINISHED):
+            folder = coordinator.ledger.checkpoints / str(record.number)  # type: ignore[union-attr]
             if isinstance(folder, Path):
                 folder.mkdir(parents=True, exist_ok=True)
             (folder / "checkpoint.pt").write_bytes(b"state")
-        moving = {key: live for key, live in desk.live.items() if live.number not in held}
+        moving = {key: live for key, live in coordinator.live.items() if live.number not in held}
         if not moving:
             return
         for key, live in moving.items():
             epoch = live.epochs + 1
-            if not desk.result(key, [epoch_record(epoch, value(live, epoch))], failure=None, diverged=False):
-                desk.ended(key)
+            if not coordinator.result(key, [epoch_record(epoch, value(live, epoch))], failure=None, diverged=False):
+                coordinator.released(key)
             elif live.number in keep:
                 held.add(live.number)
 
@@ -101,12 +106,12 @@ def metric_lines(sweep: Sweep) -> list[dict[str, Any]]:
 
 def kept_lines(sweep: Sweep, name: str) -> list[bytes]:
     """The whole lines of a file of lines, in a folder or a database, read without the code under test."""
-    if isinstance(sweep.files.home, FolderHome):
+    if isinstance(sweep.files.store, FolderStore):
         path = sweep.folder / name
         content = path.read_bytes() if path.exists() else b""
         return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     query = "select line from noisy_label_lines where sweep = %s and file = %s order by number"
-    with psycopg.connect(sweep.files.home.place) as connection:
+    with psycopg.connect(sweep.files.store.place) as connection:
         return [row[0].encode() + b"\n" for row in connection.execute(query, [sweep.name, name])]
 
 
@@ -121,9 +126,9 @@ def stored_trials(sweep: Sweep, study: str = "sweep") -> list[FrozenTrial]:
 
 def everything(sweep: Sweep) -> tuple[Any, ...]:
     """All that is kept of a sweep, to see whether something changed."""
-    home = sweep.files.home
+    store = sweep.files.store
     files = bytes_below(sweep.folder) if isinstance(sweep.folder, Path) else {}
-    return files, *([] if isinstance(home, FolderHome) else dumped(home.place))
+    return files, *([] if isinstance(store, FolderStore) else dumped(store.place))
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

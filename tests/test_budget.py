@@ -17,19 +17,20 @@ from optuna.trial import TrialState
 from tests.sweeps import CREATED, make_sweep, metric_lines
 from tests.test_kill_loop import FreeExperiment
 from training.experiment import EpochRecord
+from tune.report.closing import closing_words
 from tune.report.leaderboard import cost_metrics, cost_text
-from tune.search.budget import HOUR, Budget, Covered, Spent, short_number
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.budget import HOUR, Budget, Covered, Usage, short_number
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger, Record
 from tune.store.stored_sweep import Sweep
-from tune.sweep import closing_words, enqueue_retraining
+from tune.sweep import enqueue_retraining
 
 SECONDS = 360.0  # of an epoch, a tenth of an hour
 
 
-def open_desk(sweep: Sweep, concurrent: int = 1) -> Desk:
+def open_desk(sweep: Sweep, concurrent: int = 1) -> Coordinator:
     """What a driver has after its start."""
-    return Desk(Ledger(sweep), total=sweep.spec.trials, concurrent=concurrent)
+    return Coordinator(Ledger(sweep), total=sweep.spec.trials, concurrent=concurrent)
 
 
 def changed(sweep: Sweep, **fields: Any) -> Sweep:
@@ -39,8 +40,8 @@ def changed(sweep: Sweep, **fields: Any) -> Sweep:
     return sweep
 
 
-def take(desk: Desk, key: str = "a") -> Record:
-    record = desk.next(key)
+def take(coordinator: Coordinator, key: str = "a") -> Record:
+    record = coordinator.next(key)
     assert isinstance(record, Record)
     return record
 
@@ -51,16 +52,16 @@ def epoch_until(number: int, end: float, seconds: float, *, gpus: float = 0.0, v
     return EpochRecord(number, CREATED + end, value, {"val/accuracy": value, "seconds": seconds, **more})
 
 
-def run_one_after_the_other(desk: Desk, gpus: float = 0.5) -> None:
+def run_one_after_the_other(coordinator: Coordinator, gpus: float = 0.5) -> None:
     """Trials until the budget is spent, each epoch right after the one before."""
-    while desk.next("a") != FINISHED:
-        record = desk.live["a"]
+    while coordinator.next("a") != FINISHED:
+        record = coordinator.live["a"]
         going = True
         while going:
-            num_before = desk.ledger.account.spent.epochs
+            num_before = coordinator.ledger.account.usage.epochs
             epoch = epoch_until(record.epochs + 1, (num_before + 1) * SECONDS, SECONDS, gpus=gpus)
-            going = desk.result("a", [epoch], failure=None, diverged=False)
-        desk.ended("a")
+            going = coordinator.result("a", [epoch], failure=None, diverged=False)
+        coordinator.released("a")
 
 
 # -- the union of intervals -------------------------------------------------------------------------------------------
@@ -93,16 +94,16 @@ def test_the_union_of_any_intervals_is_the_seconds_that_one_of_them_holds(seed: 
 def test_spent_by_hand(tmp_path: Path) -> None:
     """Two trials side by side, a pause, one alone, an hour per unit: 0 to 2 and 1 to 3, then 5 to 6."""
     sweep = make_sweep(tmp_path, gpus_per_trial=0.25, scheduler="none")
-    desk = open_desk(sweep, concurrent=2)
-    first, second = take(desk, "a"), take(desk, "b")
-    desk.result("a", [epoch_until(1, 2 * HOUR, 2 * HOUR, gpus=0.25)], failure=None, diverged=False)
-    assert first.spent == Spent(1, 2 * HOUR, 2 * HOUR, 0.5 * HOUR)
-    desk.result("b", [epoch_until(1, 3 * HOUR, 2 * HOUR, gpus=0.25)], failure=None, diverged=False)
-    desk.result("a", [epoch_until(2, 6 * HOUR, 1 * HOUR, gpus=0.25)], failure=None, diverged=False)
-    assert desk.ledger.account.spent == Spent(3, 4 * HOUR, 5 * HOUR, 1.25 * HOUR)
-    assert (first.spent, second.spent.epochs) == (desk.ledger.account.spent, 2)
-    assert [str(budget) for budget in desk.ledger.budgets()] == ["0 of 4 trials", "4.00 hours", "1.25 GPU-hours"]
-    assert cost_text(desk.ledger) == "spent: 0 of 4 trials, 4.00 hours, 1.25 GPU-hours, 3 epochs, 5.00 trial-hours"
+    coordinator = open_desk(sweep, concurrent=2)
+    first, second = take(coordinator, "a"), take(coordinator, "b")
+    coordinator.result("a", [epoch_until(1, 2 * HOUR, 2 * HOUR, gpus=0.25)], failure=None, diverged=False)
+    assert first.usage == Usage(1, 2 * HOUR, 2 * HOUR, 0.5 * HOUR)
+    coordinator.result("b", [epoch_until(1, 3 * HOUR, 2 * HOUR, gpus=0.25)], failure=None, diverged=False)
+    coordinator.result("a", [epoch_until(2, 6 * HOUR, 1 * HOUR, gpus=0.25)], failure=None, diverged=False)
+    assert coordinator.ledger.account.usage == Usage(3, 4 * HOUR, 5 * HOUR, 1.25 * HOUR)
+    assert (first.usage, second.usage.epochs) == (coordinator.ledger.account.usage, 2)
+    assert [str(budget) for budget in coordinator.ledger.budgets()] == ["0 of 4 trials", "4.00 hours", "1.25 GPU-hours"]
+    assert cost_text(coordinator.ledger) == "spent: 0 of 4 trials, 4.00 hours, 1.25 GPU-hours, 3 epochs, 5.00 trial-hours"
 
 
 def brute_force(lines: list[dict[str, Any]]) -> tuple[int, float, float]:
@@ -139,11 +140,11 @@ def test_a_kill_in_between_changes_nothing_of_what_was_spent(tmp_path: Path, see
 
     (sweep, whole), (again, resumed) = played("whole", killed=False), played("killed", killed=True)
     assert metric_lines(again) == metric_lines(sweep)
-    assert resumed.account.spent == whole.account.spent
+    assert resumed.account.usage == whole.account.usage
     epochs, covered, seconds = brute_force(metric_lines(sweep))
-    expected = Spent(epochs, pytest.approx(covered), pytest.approx(seconds), pytest.approx(0.5 * seconds))  # type: ignore[arg-type]
-    assert whole.account.spent == expected
-    assert [record.spent for record in Ledger(sweep).records.values()] == [record.spent for record in whole.records.values()]
+    expected = Usage(epochs, pytest.approx(covered), pytest.approx(seconds), pytest.approx(0.5 * seconds))  # type: ignore[arg-type]
+    assert whole.account.usage == expected
+    assert [record.usage for record in Ledger(sweep).records.values()] == [record.usage for record in whole.records.values()]
 
 
 def test_gpu_hours_across_a_resume_with_another_share_of_a_gpu(tmp_path: Path) -> None:
@@ -158,32 +159,32 @@ def test_gpu_hours_across_a_resume_with_another_share_of_a_gpu(tmp_path: Path) -
         def _build(self) -> Any:
             return FreeExperiment(self.trial)
 
-    def step(desk: Desk, actor: FreeActor, *, told: bool = True) -> bool:
+    def step(coordinator: Coordinator, actor: FreeActor, *, told: bool = True) -> bool:
         result = actor.step()
         epochs = [EpochRecord(**epoch) for epoch in result["epochs"]]
-        return not told or desk.result("a", epochs, failure=result["failure"], diverged=result["diverged"])
+        return not told or coordinator.result("a", epochs, failure=result["failure"], diverged=result["diverged"])
 
     sweep = make_sweep(
         tmp_path, gpus_per_trial=0.5, gpu_hours=1.0, scheduler="none", checkpoint_seconds=0.0, report_seconds=0.0
     )
-    desk = open_desk(sweep)
-    actor = FreeActor(desk.config(take(desk)))
-    assert step(desk, actor)
-    assert step(desk, actor)
-    before = desk.ledger.account.spent
+    coordinator = open_desk(sweep)
+    actor = FreeActor(coordinator.config(take(coordinator)))
+    assert step(coordinator, actor)
+    assert step(coordinator, actor)
+    before = coordinator.ledger.account.usage
     assert before.gpu_seconds == 2 * 0.25 * 0.5
-    step(desk, actor, told=False)
+    step(coordinator, actor, told=False)
     sweep = changed(sweep, gpus_per_trial=2.0)
-    desk = open_desk(sweep)
-    assert desk.ledger.account.spent == before
-    actor = FreeActor(desk.config(take(desk)))
-    while step(desk, actor):
+    coordinator = open_desk(sweep)
+    assert coordinator.ledger.account.usage == before
+    actor = FreeActor(coordinator.config(take(coordinator)))
+    while step(coordinator, actor):
         pass
-    desk.ended("a")
-    record = desk.ledger.records[0]
+    coordinator.released("a")
+    record = coordinator.ledger.records[0]
     assert record.state is TrialState.COMPLETE
     assert [line["metrics"]["gpu_seconds"] for line in metric_lines(sweep)] == [0.125, 0.125, 0.125, 0.5]
-    assert record.gpu_seconds == Ledger(sweep).account.spent.gpu_seconds == 0.875
+    assert record.gpu_seconds == Ledger(sweep).account.usage.gpu_seconds == 0.875
 
 
 # -- what ends a sweep ------------------------------------------------------------------------------------------------
@@ -198,46 +199,46 @@ def test_whichever_ends_first(tmp_path: Path, after: tuple[int, int, int]) -> No
     sweep = make_sweep(tmp_path, epochs=2, gpus_per_trial=0.5, scheduler="none", **limits)
     names = sorted(limits, key=lambda name: dict(zip(limits, after, strict=True))[name])
     for number, name in enumerate(names, 2):
-        desk = open_desk(sweep)
-        run_one_after_the_other(desk)
-        assert len(desk.ledger.records) == number
-        assert [budget.name for budget in desk.ledger.budgets() if budget.over] == [name]
-        assert Ledger(sweep).spent
+        coordinator = open_desk(sweep)
+        run_one_after_the_other(coordinator)
+        assert len(coordinator.ledger.records) == number
+        assert [budget.name for budget in coordinator.ledger.budgets() if budget.over] == [name]
+        assert Ledger(sweep).is_finished
         assert open_desk(sweep).next("a") == FINISHED
         sweep = changed(sweep, **{name: 100})
-    assert not Ledger(sweep).spent
+    assert not Ledger(sweep).is_finished
 
 
 @pytest.mark.parametrize("limits", [{"hours": 0.35}, {"gpu_hours": 0.35}])
 def test_trials_that_have_begun_are_finished_and_no_new_one_begins(tmp_path: Path, limits: dict[str, float]) -> None:
     """Three at a time when the budget ends, one of them left unfinished by a kill."""
     sweep = make_sweep(tmp_path, trials=9, gpus_per_trial=1.0, scheduler="none", **limits)
-    desk = open_desk(sweep, concurrent=3)
+    coordinator = open_desk(sweep, concurrent=3)
     for key in "abc":
-        take(desk, key)
+        take(coordinator, key)
         end = 0.5 * SECONDS * (1 + "abc".index(key))
-        desk.result(key, [epoch_until(1, end, SECONDS, gpus=1.0)], failure=None, diverged=False)
-    assert not any(budget.over for budget in desk.ledger.budgets())
-    desk.result(
+        coordinator.result(key, [epoch_until(1, end, SECONDS, gpus=1.0)], failure=None, diverged=False)
+    assert not any(budget.over for budget in coordinator.ledger.budgets())
+    coordinator.result(
         "a", [epoch_until(epoch, epoch * SECONDS, SECONDS, gpus=1.0) for epoch in (2, 3, 4)], failure=None, diverged=False
     )
-    desk.ended("a")
-    assert any(budget.over for budget in desk.ledger.budgets())
-    assert desk.next("d") is None
-    desk.lost("b")  # its worker died
-    assert take(desk, "e").number == 1
-    assert not Ledger(sweep, read_only=True).spent
-    desk = open_desk(sweep, concurrent=3)  # and now the driver
-    assert [take(desk, key).number for key in "bc"] == [1, 2]
+    coordinator.released("a")
+    assert any(budget.over for budget in coordinator.ledger.budgets())
+    assert coordinator.next("d") is None
+    coordinator.lost("b")  # its worker died
+    assert take(coordinator, "e").number == 1
+    assert not Ledger(sweep, read_only=True).is_finished
+    coordinator = open_desk(sweep, concurrent=3)  # and now the driver
+    assert [take(coordinator, key).number for key in "bc"] == [1, 2]
     for key in "bc":
-        assert desk.next("d") is None
-        desk.result(
+        assert coordinator.next("d") is None
+        coordinator.result(
             key, [epoch_until(epoch, epoch * SECONDS, SECONDS, gpus=1.0) for epoch in (2, 3, 4)], failure=None, diverged=False
         )
-        desk.ended(key)
-    assert desk.next("d") == FINISHED
-    assert Ledger(sweep).spent
-    assert [record.word for record in Ledger(sweep).records.values()] == ["complete"] * 3
+        coordinator.released(key)
+    assert coordinator.next("d") == FINISHED
+    assert Ledger(sweep).is_finished
+    assert [record.status for record in Ledger(sweep).records.values()] == ["complete"] * 3
 
 
 def play_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
@@ -250,28 +251,28 @@ def play_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_the_clock_counts_where_epochs_are_not_recorded_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of an hour was spent by an earlier driver; this one's clock starts at 1000 with its first trial."""
     sweep = make_sweep(tmp_path, trials=9, hours=1.0, scheduler="none", epochs=1)
-    desk = open_desk(sweep)
-    take(desk)
-    desk.result("a", [epoch_until(1, 1800, 1800)], failure=None, diverged=False)
-    desk.ended("a")
+    coordinator = open_desk(sweep)
+    take(coordinator)
+    coordinator.result("a", [epoch_until(1, 1800, 1800)], failure=None, diverged=False)
+    coordinator.released("a")
     set_clock = play_clock(monkeypatch)
     set_clock(500)
-    desk = open_desk(sweep, concurrent=9)
+    coordinator = open_desk(sweep, concurrent=9)
     set_clock(1000)
-    take(desk, "a")
+    take(coordinator, "a")
     set_clock(1000 + 1799)
-    take(desk, "b")
+    take(coordinator, "b")
     set_clock(1000 + 1800)
-    assert desk.next("c") is None
-    desk.result("b", [epoch_until(1, 7200, 1750)], failure=None, diverged=False)
-    desk.ended("b")
+    assert coordinator.next("c") is None
+    coordinator.result("b", [epoch_until(1, 7200, 1750)], failure=None, diverged=False)
+    coordinator.released("b")
     set_clock(1000 + 1850)
-    assert desk.next("c") is None  # 3550 seconds are recorded, and a trial has been in progress for 50 since then
-    desk.result("a", [epoch_until(1, 7200 - 1750, 50)], failure=None, diverged=False)
-    desk.ended("a")
-    assert desk.next("c") == FINISHED
-    assert Ledger(sweep).spent
-    assert Ledger(sweep).account.spent.seconds == 3600
+    assert coordinator.next("c") is None  # 3550 seconds are recorded, and a trial has been in progress for 50 since then
+    coordinator.result("a", [epoch_until(1, 7200 - 1750, 50)], failure=None, diverged=False)
+    coordinator.released("a")
+    assert coordinator.next("c") == FINISHED
+    assert Ledger(sweep).is_finished
+    assert Ledger(sweep).account.usage.seconds == 3600
 
 
 def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,32 +281,32 @@ def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch:
     sweep = make_sweep(tmp_path, trials=9, hours=1.0, scheduler="none", epochs=1)
     set_clock = play_clock(monkeypatch)
     set_clock(0)
-    desk = open_desk(sweep, concurrent=9)
-    take(desk)
+    coordinator = open_desk(sweep, concurrent=9)
+    take(coordinator)
     set_clock(3700)
-    assert desk.next("b") is None
-    desk.result("a", [epoch_until(1, 3700, 3500)], failure=None, diverged=False)
-    desk.ended("a")
-    assert not Ledger(sweep).spent
-    take(desk)
-    take(desk, "b")
+    assert coordinator.next("b") is None
+    coordinator.result("a", [epoch_until(1, 3700, 3500)], failure=None, diverged=False)
+    coordinator.released("a")
+    assert not Ledger(sweep).is_finished
+    take(coordinator)
+    take(coordinator, "b")
     set_clock(3800)
-    assert desk.next("c") is None
+    assert coordinator.next("c") is None
     for key in "ab":
-        desk.result(key, [epoch_until(1, 3900, 150)], failure=None, diverged=False)
-        desk.ended(key)
-    assert desk.next("c") == FINISHED
-    assert Ledger(sweep).spent
+        coordinator.result(key, [epoch_until(1, 3900, 150)], failure=None, diverged=False)
+        coordinator.released(key)
+    assert coordinator.next("c") == FINISHED
+    assert Ledger(sweep).is_finished
 
 
 def test_a_failed_trial_spends_hours_too(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=9, hours=0.1, scheduler="none")
-    desk = open_desk(sweep)
-    take(desk)
-    desk.result("a", [epoch_until(1, SECONDS, SECONDS)], failure="Traceback\nRuntimeError: out of paper", diverged=False)
-    desk.ended("a")
-    assert desk.next("a") == FINISHED
-    (words, more) = closing_words(desk.ledger, "resume first", idle=False)
+    coordinator = open_desk(sweep)
+    take(coordinator)
+    coordinator.result("a", [epoch_until(1, SECONDS, SECONDS)], failure="Traceback\nRuntimeError: out of paper", diverged=False)
+    coordinator.released("a")
+    assert coordinator.next("a") == FINISHED
+    (words, more) = closing_words(coordinator.ledger, "resume first", idle=False)
     assert words == "no trial is complete: every one was stopped, diverged or failed"
     assert more == "the budget is spent: 0.1 of 0.1 hours; for more: resume first --hours N"
 
@@ -313,10 +314,10 @@ def test_a_failed_trial_spends_hours_too(tmp_path: Path) -> None:
 def test_what_is_said_at_the_end(tmp_path: Path) -> None:
     """A sweep that has run all its trials ends without a word; a resume names all that must be raised."""
     sweep = make_sweep(tmp_path, trials=2, epochs=2, gpus_per_trial=0.5, scheduler="none")
-    desk = open_desk(sweep)
-    run_one_after_the_other(desk)
-    assert closing_words(desk.ledger, "resume first", idle=False) == []
-    assert closing_words(desk.ledger, "resume first", idle=True) == [
+    coordinator = open_desk(sweep)
+    run_one_after_the_other(coordinator)
+    assert closing_words(coordinator.ledger, "resume first", idle=False) == []
+    assert closing_words(coordinator.ledger, "resume first", idle=True) == [
         "nothing was left to do: 2 of 2 trials; for more: resume first --trials N"
     ]
     ledger = Ledger(changed(sweep, hours=0.25, gpu_hours=0.125))
@@ -334,9 +335,9 @@ def test_a_retraining_is_not_limited(tmp_path: Path) -> None:
     (sweep.folder / RETRAIN).mkdir()
     ledger = Ledger(sweep, RETRAIN, create=True)
     enqueue_retraining(ledger, [best], 4)
-    run_one_after_the_other(Desk(ledger, total=ledger.total, concurrent=1))
+    run_one_after_the_other(Coordinator(ledger, total=ledger.total, concurrent=1))
     assert ledger.count(TrialState.COMPLETE) == 4
-    assert ledger.spent
+    assert ledger.is_finished
     assert ledger.budgets() == [Budget("trials", 4, 4)]
     assert cost_text(ledger) == "spent: 4 of 4 trials, 8 epochs, 0.8 trial-hours"
 
@@ -359,7 +360,7 @@ def test_saved_by_hand(tmp_path: Path) -> None:
     ):
         record = ledger.ask()
         for epoch in range(1, epochs + 1):
-            end = ledger.account.spent.seconds + seconds * SECONDS
+            end = ledger.account.usage.seconds + seconds * SECONDS
             ledger.report(record, [epoch_until(epoch, end, seconds * SECONDS, gpus=0.5)])
         if state == "complete":
             ledger.complete(record)
@@ -368,7 +369,7 @@ def test_saved_by_hand(tmp_path: Path) -> None:
         else:
             ledger.prune(record, diverged=state == "diverged")
         ended.append(record)
-    ledger.report(ledger.ask(), [epoch_until(1, ledger.account.spent.seconds + SECONDS, SECONDS, gpus=0.5)])
+    ledger.report(ledger.ask(), [epoch_until(1, ledger.account.usage.seconds + SECONDS, SECONDS, gpus=0.5)])
     assert cost_text(ledger) == (
         "spent: 4 of 9 trials, 1.80 hours, 0.9 GPU-hours, 17 epochs, 1.80 trial-hours; "
         "saved by ASHA: 14 epochs, 2.20 trial-hours, 1.10 GPU-hours"

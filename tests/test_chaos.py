@@ -48,7 +48,7 @@ from tests.sweep_process import (
 )
 from tests.sweeps import new_storage, stored_trials
 from training import checkpoint
-from training.experiment import Experiment
+from training.experiment import TrialRun
 from tune.report.tracker import noted_runs
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial
@@ -303,7 +303,7 @@ def assert_undisturbed(storage: Path, uri: str) -> None:
     for line in metric_lines(storage / "chaos"):
         recorded.setdefault(line["trial"], []).append(line)
     for number, lines in recorded.items():
-        experiment = Experiment(of_trial(ledger, ledger.records[number]), rungs=ledger.sweep.spec.rungs())
+        experiment = TrialRun(of_trial(ledger, ledger.records[number]), rungs=ledger.sweep.spec.rungs())
         for line in lines:
             record = experiment.advance()
             assert (line["epoch"], line["objective"]) == (record.epoch, record.objective), number

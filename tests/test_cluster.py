@@ -34,6 +34,7 @@ from tests.sweep_process import (
 )
 from tests.sweeps import make_sweep
 from tune.checks import check_storage
+from tune.cluster import nodes as cluster
 from tune.cluster.nodes import (
     LOOK_SECONDS,
     MAX_REFUSALS,
@@ -44,8 +45,7 @@ from tune.cluster.nodes import (
     executor,
     why_not_here,
 )
-from tune.cluster.nodes import nodes as cluster
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import make_spec
 
@@ -233,24 +233,24 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     return Played(monkeypatch)
 
 
-def followed(played: Played, folder: Path, **fields: Any) -> tuple[Nodes, Desk, list[str], Callable[[float], int]]:
-    """Nodes, a desk, what is said, and a function that lets seconds pass and returns how many trials may run then."""
+def followed(played: Played, folder: Path, **fields: Any) -> tuple[Nodes, Coordinator, list[str], Callable[[float], int]]:
+    """Nodes, a coordinator, what is said, and a function that lets seconds pass and returns how many trials may run then."""
     sweep = make_sweep(folder, **fields)
-    desk, said = Desk(Ledger(sweep), total=4, concurrent=-1), []
+    coordinator, said = Coordinator(Ledger(sweep), total=4, concurrent=-1), []
     nodes = Nodes(sweep, sweep.spec)
 
     def later(seconds: float) -> int:
         played.now += seconds
-        nodes.follow(desk, said.append)
-        return desk.concurrent
+        nodes.follow(coordinator, said.append)
+        return coordinator.concurrent
 
-    return nodes, desk, said, later
+    return nodes, coordinator, said, later
 
 
 def test_trials_at_a_time_follow_the_nodes(played: Played, tmp_path: Path) -> None:
     played.join("head", 0)
     played.join("a", 2)
-    nodes, desk, said, later = followed(played, tmp_path)
+    nodes, coordinator, said, later = followed(played, tmp_path)
     assert nodes.check() == 2
     assert played.asked == ["a"], "a node that holds no trial need not see anything"
     played.join("b", 3, answer=None)
@@ -261,13 +261,13 @@ def test_trials_at_a_time_follow_the_nodes(played: Played, tmp_path: Path) -> No
     del played.cpus["a"]
     assert later(LOOK_SECONDS) == 3
     assert said == ["the cluster holds 5 trials at a time (before: 2)", "the cluster holds 3 trials at a time (before: 5)"]
-    assert not desk.halted.is_set()
+    assert not coordinator.halted.is_set()
     assert sorted(played.asked) == ["a", "b"], "each is asked once"
 
 
 def test_a_cluster_that_lost_its_nodes_is_waited_for(played: Played, tmp_path: Path) -> None:
     played.join("a", 1)
-    nodes, desk, said, later = followed(played, tmp_path)
+    nodes, coordinator, said, later = followed(played, tmp_path)
     assert nodes.check() == 1
     del played.cpus["a"]
     assert later(LOOK_SECONDS) == 0
@@ -278,7 +278,7 @@ def test_a_cluster_that_lost_its_nodes_is_waited_for(played: Played, tmp_path: P
     played.join("b", 1)
     assert later(LOOK_SECONDS) == 1
     assert said[1:] == ["the cluster holds 1 trials at a time (before: 0)"]
-    assert not desk.halted.is_set()
+    assert not coordinator.halted.is_set()
 
 
 def test_a_number_that_was_given_may_wait_for_nodes(played: Played, tmp_path: Path) -> None:
@@ -297,12 +297,12 @@ def test_a_number_that_was_given_may_wait_for_nodes(played: Played, tmp_path: Pa
 def test_a_node_on_which_no_trial_can_run(played: Played, tmp_path: Path) -> None:
     """At launch it is an error; later it stops the sweep, which would otherwise lose trial after trial there."""
     played.join("a", 1)
-    nodes, desk, _, later = followed(played, tmp_path)
+    nodes, coordinator, _, later = followed(played, tmp_path)
     nodes.check()
     played.join("b", 1, answer="does not see the storage")
     later(LOOK_SECONDS)
-    assert desk.halted.is_set()
-    assert desk.problem == "node 10.0.0.9 (gpu-9) does not see the storage"
+    assert coordinator.halted.is_set()
+    assert coordinator.problem == "node 10.0.0.9 (gpu-9) does not see the storage"
     with pytest.raises(ValueError, match=r"node 10.0.0.9 \(gpu-9\) does not see the storage"):
         followed(played, tmp_path / "second")[0].check()
 
@@ -313,11 +313,11 @@ def test_a_node_that_does_not_answer(played: Played, tmp_path: Path) -> None:
 
     played.join("a", 1)
     played.join("b", 1, answer=WorkerCrashedError())
-    nodes, desk, _, later = followed(played, tmp_path)
+    nodes, coordinator, _, later = followed(played, tmp_path)
     with pytest.raises(ValueError, match=r"node 10.0.0.9 \(gpu-9\) cannot run a trial: The worker died"):
         nodes.check()
     assert played.asked.count("b") == MAX_REFUSALS
-    nodes, desk, _, later = followed(played, tmp_path / "second")
+    nodes, coordinator, _, later = followed(played, tmp_path / "second")
     played.answers["b"] = ""
     nodes.check()
     played.join("c", 1, answer=WorkerCrashedError())
@@ -325,7 +325,7 @@ def test_a_node_that_does_not_answer(played: Played, tmp_path: Path) -> None:
     del played.cpus["c"]
     assert later(LOOK_SECONDS) == 2
     assert later(LOOK_SECONDS) == 2
-    assert not desk.halted.is_set()
+    assert not coordinator.halted.is_set()
 
 
 class Waiting(SimpleNamespace):
@@ -339,10 +339,10 @@ def test_a_free_actor_is_for_the_newest_trial(tmp_path: Path) -> None:
     """The older ones have actors that are starting, which Tune would break off; a halt lets go of all that wait."""
     from tune.cluster.scheduler import LedgerScheduler
 
-    desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=4)
+    coordinator = Coordinator(Ledger(make_sweep(tmp_path)), total=4, concurrent=4)
     trials = {key: Waiting(trial_id=key, status="PENDING", folder=False) for key in ("z", "a", "m")}
     for key in trials:
-        desk.next(key)
+        coordinator.next(key)
     stopped: list[str] = []
 
     def stop_trial(trial: Waiting) -> None:
@@ -350,11 +350,11 @@ def test_a_free_actor_is_for_the_newest_trial(tmp_path: Path) -> None:
         stopped.append(trial.trial_id)
 
     controller = SimpleNamespace(get_live_trials=lambda: list(trials.values()), stop_trial=stop_trial)
-    scheduler = LedgerScheduler(desk)
+    scheduler = LedgerScheduler(coordinator)
     assert scheduler.choose_trial_to_run(controller) is trials["m"]
     trials["m"].status = "RUNNING"
     assert scheduler.choose_trial_to_run(controller) is trials["a"]
-    desk.halted.set()
+    coordinator.halted.set()
     assert scheduler.choose_trial_to_run(controller) is None
     assert sorted(stopped) == ["a", "z"]
 

@@ -16,12 +16,13 @@ import search
 from tests.sweep_process import ROOT, make_finished_sweep, of_real_data
 from tests.sweep_process import search as call
 from tests.sweeps import epoch_record, make_sweep, new_storage, play
+from tune.report.closing import num_missing
 from tune.report.leaderboard import retrain_rows
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.recipes import dataset
 from tune.spec import make_spec
-from tune.sweep import _provenance, enqueue_retraining, num_missing
+from tune.sweep import _provenance, enqueue_retraining
 
 
 @pytest.fixture(autouse=True)
@@ -229,13 +230,13 @@ def test_failed_trials_do_not_count_where_trials_are_fewer(
     """As in --trials itself. Two failed and three ended well, of nine: three may be asked for, and two may not."""
     storage = new_storage(tmp_path / "runs", migrated_store)
     sweep = of_real_data(make_sweep(storage, "fewer", trials=9, epochs=1, scheduler="none"))
-    desk = Desk(Ledger(sweep), total=9, concurrent=1)
+    coordinator = Coordinator(Ledger(sweep), total=9, concurrent=1)
     for number in range(5):
-        desk.next(str(number))
+        coordinator.next(str(number))
         failed = number < 2
         epochs = [] if failed else [epoch_record(1, 0.5)]
-        desk.result(str(number), epochs, failure="RuntimeError: out of paper" if failed else None, diverged=False)
-        desk.ended(str(number))
+        coordinator.result(str(number), epochs, failure="RuntimeError: out of paper" if failed else None, diverged=False)
+        coordinator.released(str(number))
     assert "2 is not allowed; 3 trials" in refused(capsys, "resume", "fewer", "--storage", storage, "--trials", 2)
     assert search.main(["resume", "fewer", "--storage", str(storage), "--trials", "3"]) == 0
     assert "nothing was left to do: 3 of 3 trials" in capsys.readouterr().out
@@ -409,7 +410,7 @@ def test_resume_says_which_budget_is_spent(tmp_path: Path, migrated_store: Path,
 
 def test_a_sweep_to_start_from_without_a_complete_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = make_sweep(tmp_path, "old", trials=3, epochs=3)
-    play(Desk(Ledger(sweep), total=3, concurrent=3), keep=[0, 1, 2])
+    play(Coordinator(Ledger(sweep), total=3, concurrent=3), keep=[0, 1, 2])
     line = refused(capsys, "launch", "new", "--storage", tmp_path, "--from", "old")
     assert line == "error: --from: sweep 'old' has no complete trial to start from\n"
     (sweep.folder / "journal.log").write_text("{}\n")
@@ -431,7 +432,7 @@ def test_dry_run_says_what_is_taken_from_an_earlier_sweep(tmp_path: Path, capsys
 
 def test_trials_in_progress_wait_when_no_driver_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = make_sweep(tmp_path, "half", trials=3, epochs=3)
-    play(Desk(Ledger(sweep), total=3, concurrent=2), keep=[1])
+    play(Coordinator(Ledger(sweep), total=3, concurrent=2), keep=[1])
     with sweep.files.lock("python search.py resume half"):
         assert search.main(["best", "half", "--storage", str(tmp_path)]) == 0
         assert "running" in capsys.readouterr().out
@@ -445,7 +446,7 @@ def test_trials_in_progress_wait_when_no_driver_runs(tmp_path: Path, capsys: pyt
 def test_a_retraining_that_failed_is_tried_again(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, "some", trials=2, epochs=2)
     searched = Ledger(sweep)
-    play(Desk(searched, total=2, concurrent=2))
+    play(Coordinator(searched, total=2, concurrent=2))
     (sweep.folder / RETRAIN).mkdir()
 
     def retraining() -> Ledger:
@@ -453,17 +454,17 @@ def test_a_retraining_that_failed_is_tried_again(tmp_path: Path) -> None:
         return Ledger(sweep, RETRAIN)
 
     ledger = retraining()
-    desk = Desk(ledger, total=ledger.total, concurrent=2)
+    coordinator = Coordinator(ledger, total=ledger.total, concurrent=2)
     for name in ("a", "b"):
-        desk.next(name)
-    desk.result("a", [], failure="Traceback\nMemoryError", diverged=False)
-    desk.ended("a")
-    play(desk)
-    assert (ledger.total, num_missing(ledger), ledger.spent) == (2, 1, True)
+        coordinator.next(name)
+    coordinator.result("a", [], failure="Traceback\nMemoryError", diverged=False)
+    coordinator.released("a")
+    play(coordinator)
+    assert (ledger.total, num_missing(ledger), ledger.is_finished) == (2, 1, True)
     again = retraining()
-    assert (again.total, num_missing(again), again.spent) == (3, 1, False)
-    play(Desk(again, total=again.total, concurrent=2))
-    assert (num_missing(again), again.spent) == (0, True)
+    assert (again.total, num_missing(again), again.is_finished) == (3, 1, False)
+    play(Coordinator(again, total=again.total, concurrent=2))
+    assert (num_missing(again), again.is_finished) == (0, True)
     assert retraining().total == 3
     (row,) = retrain_rows(again)
     assert (row["seeds"], sorted(row["by_seed"])) == (2, ["0", "1"])
@@ -475,7 +476,7 @@ def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
 import sys
 from tests.sweeps import make_sweep, play
 from pathlib import Path
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.report.display import Display
 from tune.search.ledger import Ledger
 from tune.report.output import outlast_readers
@@ -483,7 +484,7 @@ from tune.report.output import outlast_readers
 outlast_readers()
 ledger = Ledger(make_sweep(Path(sys.argv[1]), "piped", trials=40))
 with Display(ledger, 40) as display:
-    play(Desk(ledger, total=40, concurrent=2, on_event=display.event))
+    play(Coordinator(ledger, total=40, concurrent=2, on_event=display.event))
 print(ledger.num_counted(), file=sys.stderr)
 """
     for sink in ("| head -1", "> /dev/full"):

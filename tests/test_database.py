@@ -27,15 +27,15 @@ from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import Nodes
 from tune.report.leaderboard import rows, sweep_lines
 from tune.report.tracker import Projection, noted_runs
-from tune.search.coordinator import FINISHED, Desk
+from tune.search import warm_start
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.space import Space
-from tune.search.warm_start import warm_start
 from tune.spec import make_spec
 from tune.store import postgres as database_module
-from tune.store.base import LOCK, PROBE, Unreachable
+from tune.store.base import LOCK, PROBE, StorageUnavailable
 from tune.store.journal import DamagedFile
-from tune.store.postgres import APPEND, Database, DatabaseHome, DatabaseLines, check_url, lock_key
+from tune.store.postgres import APPEND, Database, DatabaseLines, PostgresStore, check_url, lock_key
 from tune.store.stored_sweep import Sweep, check_place
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
@@ -62,23 +62,23 @@ def url(postgres: Postgres) -> str:
 
 
 @pytest.fixture
-def home(url: str, tmp_path: Path) -> DatabaseHome:
-    found = DatabaseHome(url, tmp_path / "runs")
+def store(url: str, tmp_path: Path) -> PostgresStore:
+    found = PostgresStore(url, tmp_path / "runs")
     found.database.make_tables()
     return found
 
 
-def elsewhere(home: DatabaseHome) -> DatabaseHome:
+def elsewhere(store: PostgresStore) -> PostgresStore:
     """The same place as another process sees it: over a connection of its own."""
-    return DatabaseHome(home.place, home.storage)
+    return PostgresStore(store.place, store.storage)
 
 
 def name_of(url: str) -> str:
     return url.partition("@/")[2].partition("?")[0]
 
 
-def lines(home: DatabaseHome, name: str = "metrics.jsonl") -> DatabaseLines:
-    return home.files("first").lines(name)
+def lines(store: PostgresStore, name: str = "metrics.jsonl") -> DatabaseLines:
+    return store.files("first").lines(name)
 
 
 class Failing:
@@ -106,8 +106,8 @@ class Failing:
 # -- lines and texts --------------------------------------------------------------------------------------------------
 
 
-def test_records_come_back_as_they_were_and_a_reader_goes_on(home: DatabaseHome) -> None:
-    writer, reader = lines(home), lines(elsewhere(home))
+def test_records_come_back_as_they_were_and_a_reader_goes_on(store: PostgresStore) -> None:
+    writer, reader = lines(store), lines(elsewhere(store))
     for record in RECORDS:
         writer.append([record])
         assert list(reader.read()) == [record]
@@ -115,36 +115,36 @@ def test_records_come_back_as_they_were_and_a_reader_goes_on(home: DatabaseHome)
     writer.append(RECORDS)
     assert list(reader.read()) == RECORDS
     assert (reader.line, reader.offset) == (6, 6)
-    later = lines(home)
+    later = lines(store)
     later.offset = later.line = 4
     assert list(later.read()) == RECORDS[1:]
-    assert list(lines(home, "other.jsonl").read()) == []
+    assert list(lines(store, "other.jsonl").read()) == []
 
 
-def test_more_lines_than_are_read_at_a_time(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_lines_than_are_read_at_a_time(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database_module, "CHUNK", 3)
     for number in (1, 2, 3, 7):
-        lines(home).append([{"n": n} for n in range(number)])
-    assert [record["n"] for record in lines(home).read()] == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+        lines(store).append([{"n": n} for n in range(number)])
+    assert [record["n"] for record in lines(store).read()] == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
 
 
-def test_several_writers_and_a_reader_see_whole_appends_in_order(home: DatabaseHome) -> None:
+def test_several_writers_and_a_reader_see_whole_appends_in_order(store: PostgresStore) -> None:
     """There is one writer of a sweep; should there be three, nothing is lost, and a reader never has to go back."""
 
     def many(who: int) -> None:
-        own = lines(elsewhere(home))
+        own = lines(elsewhere(store))
         for n in range(40):
             own.append([{"who": who, "n": n, "half": half} for half in (1, 2)])
 
     threads = [threading.Thread(target=many, args=[who]) for who in range(3)]
     for thread in threads:
         thread.start()
-    reader, seen = lines(home), []
+    reader, seen = lines(store), []
     while any(thread.is_alive() for thread in threads):
         seen += list(reader.read())
         assert len(seen) % 2 == 0
     seen += list(reader.read())
-    assert seen == list(lines(home).read())
+    assert seen == list(lines(store).read())
     for who in range(3):
         own = [(record["n"], record["half"]) for record in seen if record["who"] == who]
         assert own == [(n, half) for n in range(40) for half in (1, 2)]
@@ -152,36 +152,36 @@ def test_several_writers_and_a_reader_see_whole_appends_in_order(home: DatabaseH
 
 @pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
 def test_an_append_that_is_tried_again_is_written_once(
-    home: DatabaseHome, monkeypatch: pytest.MonkeyPatch, after: bool
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     monkeypatch.setattr(database_module, "PAUSE", 0.01)
-    lines(home).append(RECORDS)
+    lines(store).append(RECORDS)
     failing = Failing(monkeypatch, lambda count: count in (1, 2, 5), after=after)
     for n in range(3):
-        lines(home).append([{"n": n}, {"n": n}])
+        lines(store).append([{"n": n}, {"n": n}])
     assert failing.failed == 3
-    assert list(lines(home).read()) == [*RECORDS, *({"n": n} for n in (0, 0, 1, 1, 2, 2))]
+    assert list(lines(store).read()) == [*RECORDS, *({"n": n} for n in (0, 0, 1, 1, 2, 2))]
 
 
-def test_a_line_that_is_missing_or_no_record_is_named(home: DatabaseHome, url: str, postgres: Postgres) -> None:
-    lines(home).append(RECORDS)
+def test_a_line_that_is_missing_or_no_record_is_named(store: PostgresStore, url: str, postgres: Postgres) -> None:
+    lines(store).append(RECORDS)
     for change in ("update noisy_label_lines set line = '[1]'", "delete from noisy_label_lines"):
         postgres.query(f"{change} where number = 1", name_of(url))
-        read = lines(home).read()
+        read = lines(store).read()
         assert next(read) == RECORDS[0]
         with pytest.raises(DamagedFile, match=r"metrics.jsonl of sweep 'first' in postgresql://.*: line 2 is damaged"):
             next(read)
 
 
-def test_texts_are_replaced_whole(home: DatabaseHome) -> None:
-    files = home.files("first")
+def test_texts_are_replaced_whole(store: PostgresStore) -> None:
+    files = store.files("first")
     assert files.read("best_config.yaml") is None
     for text in ("a: ü\n", "b: 2\n" * 1000):
         files.write("best_config.yaml", text)
-        assert elsewhere(home).files("first").read("best_config.yaml") == text
-    assert home.files("second").read("best_config.yaml") is None
+        assert elsewhere(store).files("first").read("best_config.yaml") == text
+    assert store.files("second").read("best_config.yaml") is None
     files.stop_request.touch()
-    assert elsewhere(home).files("first").stop_request.exists()
+    assert elsewhere(store).files("first").stop_request.exists()
     files.stop_request.unlink()
     assert not files.stop_request.exists()
     files.stop_request.unlink(missing_ok=True)
@@ -190,11 +190,13 @@ def test_texts_are_replaced_whole(home: DatabaseHome) -> None:
 # -- one driver at a time ---------------------------------------------------------------------------------------------
 
 
-def test_a_second_driver_is_refused_with_the_process_that_holds_it(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_driver_is_refused_with_the_process_that_holds_it(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(database_module, "LOCK_PATIENCE", 0.2)
-    other = elsewhere(home)
-    with home.files("first").lock("python search.py resume first"):
-        for refused in (other, home):  # the same process, too
+    other = elsewhere(store)
+    with store.files("first").lock("python search.py resume first"):
+        for refused in (other, store):  # the same process, too
             with pytest.raises(ValueError, match=f"sweep 'first' is being run by process {os.getpid()} on "):
                 refused.files("first").lock("x").__enter__()
         assert other.files("first").running()
@@ -204,16 +206,16 @@ def test_a_second_driver_is_refused_with_the_process_that_holds_it(home: Databas
     assert not other.files("first").running()
     assert other.files("first").command() == "python search.py resume first", "for who wants to go on"
     with other.files("first").lock("x"):
-        assert home.files("first").running()
+        assert store.files("first").running()
 
 
-def test_a_killed_driver_holds_nothing(home: DatabaseHome) -> None:
+def test_a_killed_driver_holds_nothing(store: PostgresStore) -> None:
     def die() -> None:
-        home.files("first").lock("python search.py resume first").__enter__()
+        store.files("first").lock("python search.py resume first").__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(die) == -signal.SIGKILL
-    with home.files("first").lock("x"):
+    with store.files("first").lock("x"):
         pass
 
 
@@ -221,68 +223,70 @@ def break_connections(postgres: Postgres, url: str) -> None:
     postgres.query(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name_of(url)}'")
 
 
-def test_a_broken_connection_is_made_anew_and_the_lock_with_it(home: DatabaseHome, url: str, postgres: Postgres) -> None:
-    other = elsewhere(home)
-    with home.files("first").lock("x"):
+def test_a_broken_connection_is_made_anew_and_the_lock_with_it(store: PostgresStore, url: str, postgres: Postgres) -> None:
+    other = elsewhere(store)
+    with store.files("first").lock("x"):
         for n in range(3):
             break_connections(postgres, url)
-            lines(home).append([{"n": n}])
+            lines(store).append([{"n": n}])
             assert other.files("first").running()
     assert not other.files("first").running()
-    assert [record["n"] for record in lines(home).read()] == [0, 1, 2]
+    assert [record["n"] for record in lines(store).read()] == [0, 1, 2]
 
 
-def test_a_driver_whose_sweep_was_taken_meanwhile_writes_nothing_more(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+def test_a_driver_whose_sweep_was_taken_meanwhile_writes_nothing_more(
+    store: PostgresStore, url: str, postgres: Postgres
+) -> None:
     """Also where the other one has come and gone: what the first knows of the sweep is no longer true."""
-    sweep = make_sweep(home, trials=4)
+    sweep = make_sweep(store, trials=4)
     with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=4, concurrent=2)
-        assert desk.next("a") not in (None, FINISHED)
+        coordinator = Coordinator(Ledger(sweep), total=4, concurrent=2)
+        assert coordinator.next("a") not in (None, FINISHED)
         break_connections(postgres, url)
-        with elsewhere(home).files("first").lock("y"):
+        with elsewhere(store).files("first").lock("y"):
             before = dumped(url)
-            assert desk.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
-            assert desk.next("b") == FINISHED
-        assert "the connection was lost, and since then sweep 'first' is being run by process" in desk.problem
-        with pytest.raises(Unreachable):
+            assert coordinator.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
+            assert coordinator.next("b") == FINISHED
+        assert "the connection was lost, and since then sweep 'first' is being run by process" in coordinator.problem
+        with pytest.raises(StorageUnavailable):
             sweep.files.write("best_config.yaml", "a: 1\n")
         assert dumped(url) == before
-    with elsewhere(home).files("first").lock("z"):
+    with elsewhere(store).files("first").lock("z"):
         pass
 
 
-def test_a_driver_learns_that_its_sweep_was_taken_without_writing(home: DatabaseHome, url: str, postgres: Postgres) -> None:
+def test_a_driver_learns_that_its_sweep_was_taken_without_writing(store: PostgresStore, url: str, postgres: Postgres) -> None:
     """Its watch for a stop request does, while trials are at work on long epochs."""
-    sweep = make_sweep(home)
+    sweep = make_sweep(store)
     with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=4, concurrent=2)
-        with Interruption(desk, sweep.files.stop_request):
-            other = elsewhere(home)
+        coordinator = Coordinator(Ledger(sweep), total=4, concurrent=2)
+        with Interruption(coordinator, sweep.files.stop_request):
+            other = elsewhere(store)
             other.names()  # it is connected
-            take_away(home, other, url, postgres)
-            assert desk.halted.wait(10)
-    assert "is being run by" in desk.problem
+            take_away(store, other, url, postgres)
+            assert coordinator.halted.wait(10)
+    assert "is being run by" in coordinator.problem
 
 
-def take_away(home: DatabaseHome, other: DatabaseHome, url: str, postgres: Postgres) -> None:
+def take_away(store: PostgresStore, other: PostgresStore, url: str, postgres: Postgres) -> None:
     """Another driver is quicker than the first one's next look."""
-    with home.database._guard:
+    with store.database._guard:
         holder = f"select pid from pg_locks where locktype = 'advisory' and objid = {lock_key('first') % 2**32}"
         postgres.query(f"select pg_terminate_backend(({holder}))", name_of(url))
         assert other.database.take("first", "process 1 on another\nx\n")
 
 
-def test_a_stop_request_reaches_the_driver(home: DatabaseHome) -> None:
-    sweep = make_sweep(home)
+def test_a_stop_request_reaches_the_driver(store: PostgresStore) -> None:
+    sweep = make_sweep(store)
     with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=4, concurrent=2)
-        with Interruption(desk, sweep.files.stop_request) as interruption:
-            elsewhere(home).files("first").stop_request.touch()
+        coordinator = Coordinator(Ledger(sweep), total=4, concurrent=2)
+        with Interruption(coordinator, sweep.files.stop_request) as interruption:
+            elsewhere(store).files("first").stop_request.touch()
             deadline = time.monotonic() + 10
             while not interruption.signal and time.monotonic() < deadline:
                 time.sleep(0.05)
-            interruption.settle()
-            assert desk.halted.is_set()
+            interruption.stop_timer()
+            assert coordinator.halted.is_set()
         assert interruption.signal == signal.SIGTERM
     assert not sweep.files.stop_request.exists()
 
@@ -290,12 +294,12 @@ def test_a_stop_request_reaches_the_driver(home: DatabaseHome) -> None:
 # -- a sweep ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_the_same_in_a_folder_and_in_a_database(home: DatabaseHome, tmp_path: Path) -> None:
+def test_a_sweep_is_the_same_in_a_folder_and_in_a_database(store: PostgresStore, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"method": ("alr", "ce"), "trials": 6, "epochs": 9, "defaults_first": True}
-    there, here = make_sweep(home, **fields), make_sweep(tmp_path / "folder", **fields)
+    there, here = make_sweep(store, **fields), make_sweep(tmp_path / "folder", **fields)
     boards = []
     for sweep in (there, here):
-        play(Desk(Ledger(sweep), total=6, concurrent=2))
+        play(Coordinator(Ledger(sweep), total=6, concurrent=2))
         boards.append(rows(Ledger(sweep, read_only=True), {}))
     assert boards[0] == boards[1]
     assert len(boards[0]) == 6
@@ -303,127 +307,127 @@ def test_a_sweep_is_the_same_in_a_folder_and_in_a_database(home: DatabaseHome, t
     told = [[(t.state, t.params, t.intermediate_values, t.user_attrs) for t in stored_trials(sweep)] for sweep in (there, here)]
     assert told[0] == told[1]
     assert not list(there.folder.glob("*.*")), "nothing but checkpoints"
-    found = Sweep.find(DatabaseHome(home.place, None), "first")
+    found = Sweep.find(PostgresStore(store.place, None), "first")
     assert found == there, "its storage is noted"
-    assert sweep_lines(DatabaseHome(home.place, None))[2].split()[:2] == ["first", "alr,ce"]
+    assert sweep_lines(PostgresStore(store.place, None))[2].split()[:2] == ["first", "alr,ce"]
 
 
-def test_a_look_at_a_sweep_changes_nothing(home: DatabaseHome) -> None:
-    sweep = make_sweep(home, trials=6, epochs=9, scheduler="none")
+def test_a_look_at_a_sweep_changes_nothing(store: PostgresStore) -> None:
+    sweep = make_sweep(store, trials=6, epochs=9, scheduler="none")
     with sweep.files.lock("x"):
-        play(Desk(Ledger(sweep), total=6, concurrent=2), keep={3})
+        play(Coordinator(Ledger(sweep), total=6, concurrent=2), keep={3})
         sweep.files.lines("metrics.jsonl").append(
             [{"trial": 3, "epoch": 2, "time": 0.0, "objective": 0.5, "metrics": {"seconds": 1.0}}]
         )
         before = everything(sweep)
-        ledger = Ledger(Sweep.find(elsewhere(home), "first"), read_only=True)
+        ledger = Ledger(Sweep.find(elsewhere(store), "first"), read_only=True)
         assert [row["epochs"] for row in rows(ledger, {}) if row["trial"] == 3] == [1]
         assert everything(sweep) == before
     assert Ledger(sweep).records[3].epochs == 2, "the next driver puts it into the study"
 
 
-def test_extended_and_retrained(home: DatabaseHome) -> None:
-    sweep = make_sweep(home, trials=3)
-    play(Desk(Ledger(sweep), total=3, concurrent=2))
-    play(Desk(Ledger(sweep), total=5, concurrent=2))
+def test_extended_and_retrained(store: PostgresStore) -> None:
+    sweep = make_sweep(store, trials=3)
+    play(Coordinator(Ledger(sweep), total=3, concurrent=2))
+    play(Coordinator(Ledger(sweep), total=5, concurrent=2))
     assert len(stored_trials(sweep)) == 5
     best = Ledger(sweep).best()
     assert best is not None
     sweep.files.add_part(RETRAIN)
     ledger = Ledger(sweep, RETRAIN, create=True)
     ledger.enqueue(best.params, {"source": best.number, "seed": 0, "noise_draw": 1})
-    play(Desk(Ledger(sweep, RETRAIN), total=1, concurrent=2))
+    play(Coordinator(Ledger(sweep, RETRAIN), total=1, concurrent=2))
     assert [t.state.name for t in stored_trials(sweep, RETRAIN)] == ["COMPLETE"]
     assert len(kept_lines(sweep, "retrain/metrics.jsonl")) == 4
 
 
-def test_mlflow_is_a_projection_of_it(home: DatabaseHome, migrated_store: Path, tmp_path: Path) -> None:
-    sweep = make_sweep(home, trials=3)
+def test_mlflow_is_a_projection_of_it(store: PostgresStore, migrated_store: Path, tmp_path: Path) -> None:
+    sweep = make_sweep(store, trials=3)
     ledger = Ledger(sweep)
-    play(Desk(ledger, total=3, concurrent=2))
+    play(Coordinator(ledger, total=3, concurrent=2))
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
     projection = Projection(ledger, f"sqlite:///{tmp_path / 'mlflow.db'}")
     projection.sync()
     noted = kept_lines(sweep, "tracker.jsonl")
     assert noted_runs(Ledger(sweep, read_only=True)) == projection.runs
     again = Projection(Ledger(sweep), projection.uri)
-    again.close(spent=True)
+    again.close(finished=True)
     assert again.runs == projection.runs
     assert kept_lines(sweep, "tracker.jsonl") == noted, "nothing was sent twice"
 
 
 def test_another_storage_is_not_touched_and_refused_where_it_matters(
-    home: DatabaseHome, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: PostgresStore, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There may be another sweep's checkpoints, of the same name and the same numbers."""
-    sweep = make_sweep(home, trials=3)
-    play(Desk(Ledger(sweep), total=3, concurrent=2))
+    sweep = make_sweep(store, trials=3)
+    play(Coordinator(Ledger(sweep), total=3, concurrent=2))
     other = tmp_path / "other"
     for number in range(9):
         (other / "first" / "checkpoints" / str(number)).mkdir(parents=True)
     before = sorted(other.rglob("*"))
-    found = Sweep.find(DatabaseHome(url, other), "first")
+    found = Sweep.find(PostgresStore(url, other), "first")
     assert found == sweep
-    Desk(Ledger(found), total=3, concurrent=2)
+    Coordinator(Ledger(found), total=3, concurrent=2)
     assert sorted(other.rglob("*")) == before
     line = f"--storage: sweep 'first' keeps its checkpoints in {sweep.storage}, not in {other}"
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
-        check_place(found, DatabaseHome(url, other))
+        check_place(found, PostgresStore(url, other))
     for good in (None, sweep.storage):
-        check_place(found, DatabaseHome(url, good))
+        check_place(found, PostgresStore(url, good))
     check_place(make_sweep(tmp_path / "folder"), tmp_path / "elsewhere")  # a folder's sweeps are where they are looked for
     flags = ["--ledger", url, "--storage", str(other)]
     assert search.main(["list", *flags]) == 0
     assert search.main(["best", "first", *flags]) == 0
     assert "complete" in capsys.readouterr().out
     space = Space(sweep.spec)
-    assert warm_start("first", DatabaseHome(url, other), sweep.spec, space).provenance["from"]["id"] == sweep.provenance["id"]
+    assert warm_start("first", PostgresStore(url, other), sweep.spec, space).provenance["from"]["id"] == sweep.provenance["id"]
 
 
-def test_names_that_are_taken(home: DatabaseHome, url: str) -> None:
-    make_sweep(home)
+def test_names_that_are_taken(store: PostgresStore, url: str) -> None:
+    make_sweep(store)
     with pytest.raises(ValueError, match="sweep 'first' exists in postgresql://"):
-        make_sweep(elsewhere(home))
-    (home.storage / "second" / "checkpoints").mkdir(parents=True)
-    (home.storage / "third").write_text("")
+        make_sweep(elsewhere(store))
+    (store.storage / "second" / "checkpoints").mkdir(parents=True)
+    (store.storage / "third").write_text("")
     for name in ("second", "third"):
         with pytest.raises(ValueError, match=f"{name} exists and belongs to no sweep in postgresql://"):
-            make_sweep(home, name)
-    assert home.names() == ["first"]
+            make_sweep(store, name)
+    assert store.names() == ["first"]
 
 
-def test_a_launch_that_is_refused_leaves_nothing_in_the_way(home: DatabaseHome) -> None:
+def test_a_launch_that_is_refused_leaves_nothing_in_the_way(store: PostgresStore) -> None:
     """As where a node of the cluster cannot run trials: the question to it is a file in the sweep's folder."""
 
     def refused() -> None:
-        with home.making("first") as (folder, _):
+        with store.create("first") as (folder, _):
             check_writable(folder)
             raise ValueError("a node cannot read the data")
 
     with pytest.raises(ValueError, match="a node cannot read the data"):
         refused()
-    assert home.names() == []
-    assert make_sweep(home).name == "first"
+    assert store.names() == []
+    assert make_sweep(store).name == "first"
 
 
-def test_of_a_launch_that_was_killed_nothing_is_left(home: DatabaseHome) -> None:
+def test_of_a_launch_that_was_killed_nothing_is_left(store: PostgresStore) -> None:
     def die() -> None:
         Sweep.write = lambda sweep: os._exit(9)  # type: ignore[method-assign]
-        make_sweep(home, defaults_first=True)
+        make_sweep(store, defaults_first=True)
 
     assert in_child(die) == 9
-    assert home.names() == []
+    assert store.names() == []
     with pytest.raises(ValueError, match=r"no sweep 'first' in postgresql://.*; there are: none"):
-        Sweep.find(home, "first")
-    sweep = make_sweep(home, trials=2)
-    play(Desk(Ledger(sweep), total=2, concurrent=2))
+        Sweep.find(store, "first")
+    sweep = make_sweep(store, trials=2)
+    play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     assert len(stored_trials(sweep)) == 2
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["while nodes were asked", "after it"])
-def test_a_launch_on_a_cluster_that_was_killed_blocks_no_name(home: DatabaseHome, asked: bool) -> None:
+def test_a_launch_on_a_cluster_that_was_killed_blocks_no_name(store: PostgresStore, asked: bool) -> None:
     def die() -> None:
-        with home.making("first") as (folder, files):
+        with store.create("first") as (folder, files):
             with Nodes(Sweep(folder, make_spec({}), {"id": "first-0123456789abcdef"}, files), make_spec({})) as nodes:
                 nodes._probe()
                 if asked:
@@ -431,9 +435,9 @@ def test_a_launch_on_a_cluster_that_was_killed_blocks_no_name(home: DatabaseHome
             os._exit(9)
 
     assert in_child(die) == 9
-    assert names(home.storage / "first") == [PROBE] * asked
-    sweep = make_sweep(elsewhere(home), trials=2)
-    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    assert names(store.storage / "first") == [PROBE] * asked
+    sweep = make_sweep(elsewhere(store), trials=2)
+    play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     assert len(stored_trials(sweep)) == 2
 
 
@@ -458,9 +462,9 @@ def check_whole(sweep: Sweep, trials: int, epochs: int) -> None:
     assert told == [(trial, epoch) for trial in range(trials) for epoch in range(1, epochs + 1)]
 
 
-def play_while(disturb: Callable[[], None], pause: float, home: DatabaseHome) -> None:
-    """A whole sweep through a desk, under which the server is disturbed three times; then everything is there once."""
-    sweep = make_sweep(home, trials=40, epochs=5, scheduler="none")
+def play_while(disturb: Callable[[], None], pause: float, store: PostgresStore) -> None:
+    """A whole sweep through a coordinator, under which the server is disturbed three times; then everything is there once."""
+    sweep = make_sweep(store, trials=40, epochs=5, scheduler="none")
     num_times, over = 0, threading.Event()
 
     def go_on() -> None:
@@ -471,51 +475,51 @@ def play_while(disturb: Callable[[], None], pause: float, home: DatabaseHome) ->
 
     disturber = threading.Thread(target=go_on)
     with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=40, concurrent=2)
+        coordinator = Coordinator(Ledger(sweep), total=40, concurrent=2)
         disturber.start()
-        play(desk, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
+        play(coordinator, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
         over.set()
         disturber.join()
-        assert DatabaseHome(home.place, None).files("first").running()
-    assert desk.problem == ""
+        assert PostgresStore(store.place, None).files("first").running()
+    assert coordinator.problem == ""
     assert num_times == 3
     check_whole(sweep, 40, 5)
 
 
 def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres, tmp_path: Path) -> None:
-    """Three times, as at a crash, at any point of the desk's work: it waits, takes its lock again, and goes on."""
+    """Three times, as at a crash, at any point of the coordinator's work: it waits, takes its lock again, and goes on."""
 
     def restart() -> None:
         own_server.stop()
         time.sleep(0.7)
         own_server.start()
 
-    play_while(restart, 0.4, DatabaseHome(own_server.new_database(), tmp_path))
+    play_while(restart, 0.4, PostgresStore(own_server.new_database(), tmp_path))
 
 
 def test_a_database_that_stays_away_stops_the_sweep(
     own_server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "RETRY_SECONDS", 1.5)
-    sweep = make_sweep(DatabaseHome(own_server.new_database(), tmp_path), trials=3, epochs=3, scheduler="none")
+    sweep = make_sweep(PostgresStore(own_server.new_database(), tmp_path), trials=3, epochs=3, scheduler="none")
     with sweep.files.lock("x"):
-        desk = Desk(Ledger(sweep), total=3, concurrent=2)
+        coordinator = Coordinator(Ledger(sweep), total=3, concurrent=2)
         for key in "ab":
-            assert desk.next(key) not in (None, FINISHED)
-        desk.result("a", [epoch_record(1, made_up(desk.live["a"].values, 1))], failure=None, diverged=False)
+            assert coordinator.next(key) not in (None, FINISHED)
+        coordinator.result("a", [epoch_record(1, made_up(coordinator.live["a"].values, 1))], failure=None, diverged=False)
         own_server.stop()
         began = time.monotonic()
-        assert desk.result("a", [epoch_record(2, 0.5)], failure=None, diverged=False) is False
+        assert coordinator.result("a", [epoch_record(2, 0.5)], failure=None, diverged=False) is False
         assert 1 < time.monotonic() - began < 10
         began = time.monotonic()
-        assert desk.result("b", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
+        assert coordinator.result("b", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
         assert time.monotonic() - began < 1, "it is not waited for twice"
-        assert desk.problem.startswith(f"the ledger cannot be written: database {sweep.files.home.place}: ")
-        assert desk.next("c") == FINISHED
+        assert coordinator.problem.startswith(f"the ledger cannot be written: database {sweep.files.store.place}: ")
+        assert coordinator.next("c") == FINISHED
     own_server.start()
-    sweep = Sweep.find(DatabaseHome(sweep.files.home.place, None), "first")
+    sweep = Sweep.find(PostgresStore(sweep.files.store.place, None), "first")
     with sweep.files.lock("x"):
-        play(Desk(Ledger(sweep), total=3, concurrent=2))
+        play(Coordinator(Ledger(sweep), total=3, concurrent=2))
     check_whole(sweep, 3, 3)
 
 
@@ -531,52 +535,52 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
     """Neither the last file that is to be written nor the table that cannot be shown takes its place."""
     monkeypatch.setattr(database_module, "RETRY_SECONDS", 1.0)
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
-    home = DatabaseHome(own_server.new_database(), tmp_path)
-    sweep = make_sweep(home, trials=3, epochs=2, scheduler="none")
+    store = PostgresStore(own_server.new_database(), tmp_path)
+    sweep = make_sweep(store, trials=3, epochs=2, scheduler="none")
     if verb == "retrain":
-        play(Desk(Ledger(sweep), total=3, concurrent=1))
+        play(Coordinator(Ledger(sweep), total=3, concurrent=1))
     of_real_data(sweep)
 
-    def run(desk: Desk, *rest: object) -> None:
-        desk.concurrent = 1
-        play_one(desk)
+    def run(coordinator: Coordinator, *rest: object) -> None:
+        coordinator.concurrent = 1
+        play_one(coordinator)
         own_server.stop()
-        play_one(desk)
+        play_one(coordinator)
 
-    def play_one(desk: Desk) -> None:
-        record = desk.next("a")
+    def play_one(coordinator: Coordinator) -> None:
+        record = coordinator.next("a")
         if record != FINISHED:
-            desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
-            desk.ended("a")
+            coordinator.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
+            coordinator.released("a")
 
     monkeypatch.setattr("tune.cluster.executor.run", run)
-    assert search.main([verb, "first", "--ledger", home.place]) == 1
+    assert search.main([verb, "first", "--ledger", store.place]) == 1
     own_server.start()
     said = capsys.readouterr()
     assert "warning: the table cannot be shown: database " in said.err
     last = said.err.splitlines()[-1]
-    assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
+    assert last.startswith(f"error: the ledger cannot be written: database {store.place}: ")
     flags = " --top 3 --seeds 3" if verb == "retrain" else ""
-    assert last.endswith(f"; go on with: python search.py {verb} first{flags} --ledger '{home.place}'")
+    assert last.endswith(f"; go on with: python search.py {verb} first{flags} --ledger '{store.place}'")
     assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * (3 if verb == "retrain" else 1)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["not carried out", "answer lost"])
-def test_away_for_good_at_each_single_write(home: DatabaseHome, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+def test_away_for_good_at_each_single_write(store: PostgresStore, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
     """The sweep halts, and the next driver finds nothing lost or doubled, whether the last write was carried out or not."""
     for number in range(1, 60):
-        sweep = make_sweep(elsewhere(home), f"away-{number}", trials=2, epochs=3, sampler="random", scheduler="none")
-        desk = Desk(Ledger(sweep), total=2, concurrent=1)
-        sweep.files.hurry()
+        sweep = make_sweep(elsewhere(store), f"away-{number}", trials=2, epochs=3, sampler="random", scheduler="none")
+        coordinator = Coordinator(Ledger(sweep), total=2, concurrent=1)
+        sweep.files.stop_waiting()
         with monkeypatch.context() as patch:
             failing = Failing(patch, lambda count, number=number: count >= number, after=after)  # type: ignore[misc]
-            play(desk)
+            play(coordinator)
         if not failing.failed:
             assert number > 20
             return
-        assert "server closed the connection unexpectedly" in desk.problem
-        again = Sweep.find(elsewhere(home), sweep.name)
-        play(Desk(Ledger(again), total=2, concurrent=1))
+        assert "server closed the connection unexpectedly" in coordinator.problem
+        again = Sweep.find(elsewhere(store), sweep.name)
+        play(Coordinator(Ledger(again), total=2, concurrent=1))
         check_whole(again, 2, 3)
     raise AssertionError("no end")
 
@@ -633,13 +637,13 @@ def test_the_password_comes_from_the_environment_and_stays_there(
     monkeypatch.setenv("PGPASSWORD", "wrong")
     assert "the password comes from PGPASSWORD or ~/.pgpass" in refused(capsys, "best", "x", "--ledger", url)
     monkeypatch.setenv("PGPASSWORD", SECRET)
-    sweep = make_sweep(DatabaseHome(url, tmp_path / "runs"), trials=2)
-    play(Desk(Ledger(sweep), total=2, concurrent=2))
+    sweep = make_sweep(PostgresStore(url, tmp_path / "runs"), trials=2)
+    play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     monkeypatch.setenv("NOISY_LABEL_LEDGER", url)
     assert search.main(["list"]) == 0
     assert "first" in capsys.readouterr().out
     assert SECRET not in str(everything(sweep))
-    assert SECRET not in repr(vars(sweep.files.home.database)), "not even in memory: libpq reads it"  # type: ignore[attr-defined]
+    assert SECRET not in repr(vars(sweep.files.store.database)), "not even in memory: libpq reads it"  # type: ignore[attr-defined]
 
 
 def test_commands_that_only_look_make_no_tables(url: str, postgres: Postgres, capsys: pytest.CaptureFixture[str]) -> None:
@@ -651,17 +655,17 @@ def test_commands_that_only_look_make_no_tables(url: str, postgres: Postgres, ca
 
 
 def test_stop_and_best_find_it_by_the_ledger_alone(
-    home: DatabaseHome, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    store: PostgresStore, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    sweep = make_sweep(home, trials=3)
-    play(Desk(Ledger(sweep), total=3, concurrent=2), keep={1})
+    sweep = make_sweep(store, trials=3)
+    play(Coordinator(Ledger(sweep), total=3, concurrent=2), keep={1})
     assert search.main(["best", "first", "--ledger", url]) == 0
     assert "waiting" in capsys.readouterr().out
     with sweep.files.lock("x"):
         assert search.main(["best", "first", "--ledger", url]) == 0
         assert "running" in capsys.readouterr().out
-        assert LOCK in {row[1] for row in sweep.files.home.database.select("select * from noisy_label_texts")}  # type: ignore[attr-defined]
+        assert LOCK in {row[1] for row in sweep.files.store.database.select("select * from noisy_label_texts")}  # type: ignore[attr-defined]
     assert search.main(["stop", "first", "--ledger", url]) == 0
     assert "is not running" in capsys.readouterr().out
     assert not (tmp_path / "runs" / "mlflow.db").exists()
@@ -685,18 +689,18 @@ def test_launched_killed_and_resumed_without_a_shared_file_system(
     monkeypatch.setenv("NOISY_LABEL_LEDGER", url)
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
     (tmp_path / "spec.yaml").write_text("{trials: 4, epochs: 24, checkpoint_seconds: 0, report_seconds: 0.2, scheduler: none}")
-    home, log = DatabaseHome(url, None), tmp_path / "log"
+    store, log = PostgresStore(url, None), tmp_path / "log"
     flags = ["--storage", f"{s3}/runs", "--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}", "--concurrent", 2]
     launched = start(log, "launch", "far", "--spec", tmp_path / "spec.yaml", "--model", "mlp", *flags)
-    wait_until(lambda: "far" in home.names(), launched, log)
-    metrics = home.files("far").lines("metrics.jsonl")
+    wait_until(lambda: "far" in store.names(), launched, log)
+    metrics = store.files("far").lines("metrics.jsonl")
     seen: list[dict[str, Any]] = []
     wait_until(lambda: seen.extend(metrics.read()) or len(seen) >= 4, launched, log)
     launched.send_signal(signal.SIGSTOP)  # it holds the sweep and does not get ahead meanwhile
     assert "is being run by process" in process("resume", "far", check=2).stderr
     launched.kill()
     launched.wait()
-    sweep = Sweep.find(home, "far")
+    sweep = Sweep.find(store, "far")
     assert str(sweep.folder) == "s3://bucket/runs/far"
     saved = {int(name) for name in names(sweep.folder / "checkpoints")}
     assert saved
@@ -710,7 +714,7 @@ def test_launched_killed_and_resumed_without_a_shared_file_system(
     for record in before:
         assert f"trial {record.number} alr goes on from epoch {record.epochs}" in resumed.stdout
     assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * 4
-    recorded = sorted((record["trial"], record["epoch"]) for record in home.files("far").lines("metrics.jsonl").read())
+    recorded = sorted((record["trial"], record["epoch"]) for record in store.files("far").lines("metrics.jsonl").read())
     assert recorded == [(trial, epoch) for trial in range(4) for epoch in range(1, 25)]
     board = json.loads(process("best", "far", "--json").stdout)
     assert [row["state"] for row in board] == ["complete"] * 4

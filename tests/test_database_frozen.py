@@ -21,12 +21,12 @@ from tests.postgres import Postgres
 from tests.sweep_process import PATIENCE, ROOT, STARTED, end_all, of_real_data
 from tests.sweeps import epoch_record, made_up, make_sweep, play
 from tests.test_database import check_whole, play_while
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger
 from tune.store import connection as connection_module
 from tune.store import postgres as database_module
-from tune.store.base import Unreachable
-from tune.store.postgres import Database, DatabaseHome
+from tune.store.base import StorageUnavailable
+from tune.store.postgres import Database, PostgresStore
 from tune.store.stored_sweep import Sweep
 
 COMMAND = "the command that goes on"
@@ -37,26 +37,26 @@ from search import leave
 from tests.sweeps import epoch_record
 from tune.store import connection
 from tune.cluster import executor
-from tune.store.postgres import DatabaseHome
+from tune.store.postgres import PostgresStore
 from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
 from tune.sweep import execute
 
 url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
 
-def run(desk, spec, interruption, say):
-    desk.concurrent = 1
+def run(coordinator, spec, interruption, say):
+    coordinator.concurrent = 1
     with contextlib.suppress(KeyboardInterrupt):
-        desk.next("a")
+        coordinator.next("a")
         for epoch in range(1, 100_000):
-            if not desk.result("a", [epoch_record(epoch, 0.5)], failure=None, diverged=False):
+            if not coordinator.result("a", [epoch_record(epoch, 0.5)], failure=None, diverged=False):
                 return
             print("epoch", epoch, flush=True)
             time.sleep(float(epoch_seconds))
 
 connection.SILENT_SECONDS = float(silent_seconds)
 executor.run = run
-sweep = Sweep.find(DatabaseHome(url, Path(storage)), name)
+sweep = Sweep.find(PostgresStore(url, Path(storage)), name)
 with sweep.files.lock(command):
     leave(execute(sweep, SWEEP, command).say())
 """
@@ -87,7 +87,7 @@ def test_it_is_silence_that_is_not_waited_for(postgres: Postgres) -> None:
     assert len(database.select(packets)) == 16
     assert time.monotonic() - began > 2 * connection_module.SILENT_SECONDS
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"^database postgresql://.*: the server has said nothing for 0.6 s$"):
+    with pytest.raises(StorageUnavailable, match=r"^database postgresql://.*: the server has said nothing for 0.6 s$"):
         database.select("select pg_sleep(20)")
     assert time.monotonic() - began < 6
     assert database.select("select 1") == [(1,)]
@@ -114,7 +114,7 @@ def test_a_frozen_database_that_thaws_in_time_costs_nothing(
             time.sleep(0.9)
 
     monkeypatch.setattr(connection_module.Connection, "_heard", heard)
-    play_while(freeze, 0.5, DatabaseHome(server.new_database(), tmp_path))
+    play_while(freeze, 0.5, PostgresStore(server.new_database(), tmp_path))
     assert num_broken > 0
 
 
@@ -124,43 +124,43 @@ def test_a_frozen_database_stops_the_sweep(
 ) -> None:
     """Once it has been waited for long enough, with the command that goes on as the last line; then nothing is missing."""
     (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
-    home = DatabaseHome(server.new_database(), tmp_path)
-    sweep = make_sweep(home, trials=2, epochs=3, scheduler="none")
+    store = PostgresStore(server.new_database(), tmp_path)
+    sweep = make_sweep(store, trials=2, epochs=3, scheduler="none")
     of_real_data(sweep)
     waited = 0.0
 
-    def run(desk: Desk, *rest: object) -> None:
+    def run(coordinator: Coordinator, *rest: object) -> None:
         nonlocal waited
-        desk.concurrent = 1
-        record = desk.next("a")
+        coordinator.concurrent = 1
+        record = coordinator.next("a")
         assert record not in (None, FINISHED)
         values = record.values  # type: ignore[union-attr]
-        assert desk.result("a", [epoch_record(1, made_up(values, 1))], failure=None, diverged=False)
+        assert coordinator.result("a", [epoch_record(1, made_up(values, 1))], failure=None, diverged=False)
         stack.enter_context(server.frozen())
         began = time.monotonic()
-        assert not desk.result("a", [epoch_record(2, made_up(values, 2))], failure=None, diverged=False)
+        assert not coordinator.result("a", [epoch_record(2, made_up(values, 2))], failure=None, diverged=False)
         waited = time.monotonic() - began
-        desk.ended("a")
+        coordinator.released("a")
 
     monkeypatch.setattr("tune.cluster.executor.run", run)
     with contextlib.ExitStack() as stack:
-        assert search.main(["resume", "first", "--ledger", home.place]) == 1
+        assert search.main(["resume", "first", "--ledger", store.place]) == 1
     assert 0.5 < waited < 8
     said = capsys.readouterr().err
     assert "warning: the table cannot be shown: database " in said
     last = said.splitlines()[-1]
-    assert last.startswith(f"error: the ledger cannot be written: database {home.place}: ")
-    assert last.endswith(f"; go on with: python search.py resume first --ledger '{home.place}'")
-    sweep = Sweep.find(DatabaseHome(home.place, None), "first")
+    assert last.startswith(f"error: the ledger cannot be written: database {store.place}: ")
+    assert last.endswith(f"; go on with: python search.py resume first --ledger '{store.place}'")
+    sweep = Sweep.find(PostgresStore(store.place, None), "first")
     with sweep.files.lock("x"):
-        play(Desk(Ledger(sweep), total=2, concurrent=2))
+        play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     check_whole(sweep, 2, 3)
 
 
 def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path: Path, migrated_store: Path) -> None:
     """In the three states that a driver can be in, at once: its main thread waits for the database, it waits for a trial while
     others wait for the database, and the connection was given up and is being made anew."""
-    home = DatabaseHome(server.new_database(), tmp_path / "runs")
+    store = PostgresStore(server.new_database(), tmp_path / "runs")
     cases = {
         "recording": (0.05, 30, signal.SIGINT),
         "training": (1000, 30, signal.SIGTERM),
@@ -168,9 +168,9 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
     }
     drivers, logs = {}, {}
     for name, (epoch_seconds, silent_seconds, _) in cases.items():
-        make_sweep(home, name, epochs=100_000, scheduler="none", tracking=f"sqlite:///{tmp_path / name}.db")
+        make_sweep(store, name, epochs=100_000, scheduler="none", tracking=f"sqlite:///{tmp_path / name}.db")
         shutil.copy(migrated_store, tmp_path / f"{name}.db")
-        command = [sys.executable, "-c", DRIVER, home.place, home.storage, name, epoch_seconds, silent_seconds, COMMAND]
+        command = [sys.executable, "-c", DRIVER, store.place, store.storage, name, epoch_seconds, silent_seconds, COMMAND]
         logs[name] = tmp_path / f"{name}.log"
         with logs[name].open("w") as log:
             drivers[name] = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, text=True)
@@ -194,7 +194,7 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
     assert max(took.values()) < 11, took
     for name, lines in said.items():
         assert lines[-1] == COMMAND, lines
-        sweep = Sweep.find(DatabaseHome(home.place, None), name)
+        sweep = Sweep.find(PostgresStore(store.place, None), name)
         with sweep.files.lock("x"):
             epochs = [record["epoch"] for record in sweep.files.lines("metrics.jsonl").read()]
         num_told = sum(line.startswith("epoch") for line in lines)
@@ -214,7 +214,7 @@ def test_in_a_hurry_nobody_waits_for_another_thread(
     assert database.select("select 1") == [(1,)]
 
     def wait_in_vain() -> None:
-        with pytest.raises(Unreachable):
+        with pytest.raises(StorageUnavailable):
             database.select("select 1")
 
     with server.frozen():
@@ -223,9 +223,9 @@ def test_in_a_hurry_nobody_waits_for_another_thread(
         time.sleep(1.2)
         monkeypatch.setattr(connection_module.Connection, "connect", lambda *_, **__: pytest.fail("an attempt"))
         began = time.monotonic()
-        database.hurry()
+        database.stop_waiting()
         for _ in range(5):
-            with pytest.raises(Unreachable):
+            with pytest.raises(StorageUnavailable):
                 database.execute("select 1")
         database.release("first")
         assert time.monotonic() - began < 1

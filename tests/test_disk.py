@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.sweeps import epoch_record, make_sweep
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.spec import KEPT_CHECKPOINTS
 from tune.store.stored_sweep import Sweep
@@ -25,30 +25,30 @@ def run(sweep: Sweep, total: int, stream: random.Random) -> Ledger:
     """Runs a sweep up to ``total`` trials through drivers that die at random; trials save themselves when they please, are
     stopped, diverge, fail and lose their process. Returns the ledger of the last driver, which ended the sweep."""
     while True:
-        desk = Desk(Ledger(sweep), total=total, concurrent=SLOTS)
+        coordinator = Coordinator(Ledger(sweep), total=total, concurrent=SLOTS)
         for number in range(10**6):
-            given = desk.next(f"{number}")
+            given = coordinator.next(f"{number}")
             if given == FINISHED:
-                return desk.ledger
+                return coordinator.ledger
             if isinstance(given, Record) and stream.random() < 0.9:  # else it dies before its first checkpoint
-                folder = desk.ledger.checkpoints / str(given.number)
+                folder = coordinator.ledger.checkpoints / str(given.number)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "checkpoint.pt").write_bytes(b"state")
                 if stream.random() < 0.5:  # killed while it was writing, in another process
                     (folder / f".checkpoint.pt.{number}").write_bytes(b"st")
             if stream.random() < 0.02:
                 break  # the driver is killed
-            key = stream.choice(list(desk.live))
-            record, luck = desk.live[key], stream.random()
-            held = {path.name for path in desk.ledger.checkpoints.glob("*")}
-            assert held <= {str(other.number) for other in [*desk.ledger.unfinished(), *desk.top]}, "at any time"
+            key = stream.choice(list(coordinator.live))
+            record, luck = coordinator.live[key], stream.random()
+            held = {path.name for path in coordinator.ledger.checkpoints.glob("*")}
+            assert held <= {str(other.number) for other in [*coordinator.ledger.unfinished(), *coordinator.top]}, "at any time"
             if luck < 0.03:
-                desk.lost(key)
+                coordinator.lost(key)
                 continue
             epochs = [epoch_record(record.epochs + 1, stream.random())]
             failure = "RuntimeError: out of paper" if luck > 0.97 else None
-            if not desk.result(key, epochs, failure=failure, diverged=0.93 < luck <= 0.97):
-                desk.ended(key)
+            if not coordinator.result(key, epochs, failure=failure, diverged=0.93 < luck <= 0.97):
+                coordinator.released(key)
 
 
 def test_files_after_a_hundred_trials_are_those_after_twenty(tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_files_after_a_hundred_trials_are_those_after_twenty(tmp_path: Path) -> 
     found = []
     for total in (20, 100):
         ledger = run(sweep, total, stream)
-        best = [str(record.number) for record in ledger.leaderboard()[:KEPT_CHECKPOINTS] if record.word == "complete"]
+        best = [str(record.number) for record in ledger.leaderboard()[:KEPT_CHECKPOINTS] if record.status == "complete"]
         saved = {name for name in best if f"checkpoints/{name}/checkpoint.pt" in below(sweep.folder)}
         expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "checkpoints", "driver.lock"}
         expected |= {f"checkpoints/{name}" for name in saved} | {f"checkpoints/{name}/checkpoint.pt" for name in saved}
         assert below(sweep.folder) == expected
         found.append(len(below(sweep.folder)))
     assert max(found) <= 5 + 2 * KEPT_CHECKPOINTS
-    assert {record.word for record in ledger.records.values()} == {"complete", "stopped", "diverged", "failed"}
+    assert {record.status for record in ledger.records.values()} == {"complete", "stopped", "diverged", "failed"}
 
 
 def test_a_driver_removes_what_a_kill_left(tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def test_a_driver_removes_what_a_kill_left(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=8, epochs=4, reduction_factor=2)
     ledger = run(sweep, 8, random.Random(1))
     before = below(sweep.folder)
-    over = next(record.number for record in ledger.leaderboard() if record.word == "stopped")
+    over = next(record.number for record in ledger.leaderboard() if record.status == "stopped")
     (ledger.checkpoints / str(over)).mkdir()
     (ledger.checkpoints / "77").mkdir()
     (ledger.checkpoints / "77" / "checkpoint.pt").write_bytes(b"state")
     best = next(record.number for record in ledger.leaderboard() if f"checkpoints/{record.number}" in before)
     (ledger.checkpoints / str(best) / ".checkpoint.pt.123").write_bytes(b"st")
-    Desk(Ledger(sweep), total=8, concurrent=1)
+    Coordinator(Ledger(sweep), total=8, concurrent=1)
     assert below(sweep.folder) == before
 
 
@@ -87,13 +87,13 @@ def test_what_cannot_be_removed_stays_and_the_sweep_goes_on(tmp_path: Path, monk
     sweep = make_sweep(tmp_path, trials=2, epochs=2, scheduler="none")
 
     def run_one(number: int) -> None:
-        desk.next("a")
-        folder = desk.ledger.checkpoints / str(number)
+        coordinator.next("a")
+        folder = coordinator.ledger.checkpoints / str(number)
         folder.mkdir(parents=True)
         for name in ("checkpoint.pt", ".checkpoint.pt.1", ".nfs0001", ".checkpoint.pt.2"):
             (folder / name).write_bytes(b"st")
-        desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
-        desk.ended("a")
+        coordinator.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
+        coordinator.released("a")
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         if path.name.startswith(".nfs"):
@@ -104,14 +104,14 @@ def test_what_cannot_be_removed_stays_and_the_sweep_goes_on(tmp_path: Path, monk
     def glob(path: Path, pattern: str) -> None:
         raise OSError(116, "Stale file handle")
 
-    desk = Desk(Ledger(sweep), total=2, concurrent=1)
+    coordinator = Coordinator(Ledger(sweep), total=2, concurrent=1)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
         run_one(0)
-        assert {path.name for path in (desk.ledger.checkpoints / "0").iterdir()} == {"checkpoint.pt", ".nfs0001"}
+        assert {path.name for path in (coordinator.ledger.checkpoints / "0").iterdir()} == {"checkpoint.pt", ".nfs0001"}
     with monkeypatch.context() as patch:
         patch.setattr(Path, "glob", glob)
         run_one(1)
-    assert [record.word for record in desk.ledger.leaderboard()] == ["complete", "complete"]
-    Desk(Ledger(sweep), total=2, concurrent=1)
+    assert [record.status for record in coordinator.ledger.leaderboard()] == ["complete", "complete"]
+    Coordinator(Ledger(sweep), total=2, concurrent=1)
     assert [path for path in below(sweep.folder) if "/." in path] == []

@@ -16,24 +16,24 @@ import pytest
 from tests.sweep_process import PATIENCE, ROOT
 from tests.sweeps import make_sweep
 from tune import sweep as sweep_module
+from tune.cluster import interruption as driver_module
 from tune.cluster.interruption import LOOK_SECONDS, Interruption
-from tune.cluster.nodes import interruption as driver_module
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 
 STUCK = """
 import ctypes, sys
 from pathlib import Path
 from search import leave
-from tune.cluster.nodes import interruption as driver
+from tune.cluster import interruption as driver
 from tune.cluster import executor
 from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
 from tune.sweep import execute
 
-def run(desk, spec, interruption, say):
+def run(coordinator, spec, interruption, say):
     if sys.argv[2] == "gone":
-        interruption.gone = lambda: "Ray on this machine has ended"
+        interruption.why_ray_died = lambda: "Ray on this machine has ended"
     Path(sys.argv[1], "stuck").touch()
     mutex = ctypes.create_string_buffer(64)
     while True:  # the second time for good, whatever signals come
@@ -104,7 +104,7 @@ def test_time_is_kept_where_the_stop_request_is_not_answered(tmp_path: Path, mon
     """By the thread that ends a driver whose main thread is stuck."""
     monkeypatch.setattr(driver_module, "STUCK_SECONDS", 1.0)
     ended = threading.Event()
-    with Interruption(Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=2), Silent(), ended.set):
+    with Interruption(Coordinator(Ledger(make_sweep(tmp_path)), total=4, concurrent=2), Silent(), ended.set):
         time.sleep(2 * LOOK_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended.wait(5)
@@ -113,7 +113,7 @@ def test_time_is_kept_where_the_stop_request_is_not_answered(tmp_path: Path, mon
 def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:
     """However long the request stands: what is done at the end, for MLflow above all, is not broken off by it."""
     sweep = make_sweep(tmp_path)
-    desk = Desk(Ledger(sweep), total=4, concurrent=2)
+    coordinator = Coordinator(Ledger(sweep), total=4, concurrent=2)
     over = threading.Event()
 
     def ask() -> None:
@@ -123,9 +123,9 @@ def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        with Interruption(desk, sweep.files.stop_request) as interruption:
-            assert desk.halted.wait(10)
-            interruption.settle()
+        with Interruption(coordinator, sweep.files.stop_request) as interruption:
+            assert coordinator.halted.wait(10)
+            interruption.stop_timer()
             time.sleep(5 * LOOK_SECONDS)
             assert interruption.signal == signal.SIGTERM
             over.set()

@@ -19,7 +19,7 @@ from tests.sweeps import epoch_record, make_sweep
 from tune.cluster import executor
 from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import SILENT_SECONDS, capacity, how_many
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import make_spec
 
@@ -69,10 +69,10 @@ def test_a_ray_that_does_not_come_up_is_the_sweeps_problem(tmp_path: Path, monke
 
     monkeypatch.setattr("ray.init", too_slow)
     sweep = make_sweep(tmp_path)
-    desk = Desk(Ledger(sweep), total=4, concurrent=0)
-    with Interruption(desk, sweep.folder / "stop") as interruption:
-        executor.run(desk, sweep.spec, interruption, print)
-    assert desk.problem == "Ray did not start: The current node timed out during startup."
+    coordinator = Coordinator(Ledger(sweep), total=4, concurrent=0)
+    with Interruption(coordinator, sweep.folder / "stop") as interruption:
+        executor.run(coordinator, sweep.spec, interruption, print)
+    assert coordinator.problem == "Ray did not start: The current node timed out during startup."
     assert attempts == ["local"] * executor.STARTS
 
 
@@ -105,11 +105,11 @@ def test_the_head_of_a_cluster_is_missed_when_it_is_silent_for_long(monkeypatch:
 
 def test_a_result_of_a_trial_that_was_given_up_is_not_taken(tmp_path: Path) -> None:
     """As of one whose process Ray says is gone."""
-    desk = Desk(Ledger(make_sweep(tmp_path)), total=4, concurrent=1)
-    desk.next("a")
-    desk.lost("a")
-    assert not desk.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False)
-    assert desk.ledger.records[0].epochs == 0
+    coordinator = Coordinator(Ledger(make_sweep(tmp_path)), total=4, concurrent=1)
+    coordinator.next("a")
+    coordinator.lost("a")
+    assert not coordinator.result("a", [epoch_record(1, 0.5)], failure=None, diverged=False)
+    assert coordinator.ledger.records[0].epochs == 0
 
 
 TOO_SLOW_AT_FIRST = """
@@ -145,7 +145,7 @@ def test_a_ray_that_comes_up_at_the_second_attempt() -> None:
 
 
 def test_a_preempted_node_costs_a_process_as_any_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune does not count it as a failure by itself: it would run the trial again beside the desk, which does so, too."""
+    """Tune does not count it as a failure by itself: it would run the trial again beside the coordinator, which does so too."""
     from ray.exceptions import ActorDiedError
     from ray.tune.experiment import Trial
 

@@ -21,10 +21,10 @@ from optuna.trial import TrialState
 from tests.faulty_sweep import FaultySweep, faulty_sweep, wait_for
 from tests.sweep_process import ROOT, epochs_by_trial, metric_lines
 from tests.sweeps import epoch_record, make_sweep
-from training.experiment import EpochRecord, Experiment
+from training.experiment import EpochRecord, TrialRun
 from training.watchdog import NOTE, Watchdog, allowed_seconds, last_words
 from tune.cluster.trial import TrialActor, memory_fraction
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.search.recipes import of_trial
 from tune.spec import MAX_LOST
@@ -156,15 +156,15 @@ def test_each_epoch_is_given_its_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_trial_that_hangs_three_times_has_failed_and_says_where(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    desk = Desk(Ledger(sweep), total=4, concurrent=1)
+    coordinator = Coordinator(Ledger(sweep), total=4, concurrent=1)
     for lost in range(MAX_LOST):
-        record = desk.next("a")
+        record = coordinator.next("a")
         assert isinstance(record, Record)
         assert record.number == 0
-        folder = desk.ledger.checkpoints / "0"
+        folder = coordinator.ledger.checkpoints / "0"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NOTE).write_text(f"Timeout (0:30:00)!\nThread 0x1 (most recent call first):\n  File x.py in stuck_{lost}\n")
-        desk.lost("a", "Ray says: it exited")
+        coordinator.lost("a", "Ray says: it exited")
     (record,) = Ledger(sweep, read_only=True).records.values()
     assert record.state is TrialState.FAIL
     said = record.summary["error"].splitlines()
@@ -221,10 +221,10 @@ def test_why_a_process_was_lost(error: str, line: str, tmp_path: Path) -> None:
     file.write_text(error)
     ended = SimpleTrial("a", str(file) if error else None)
     sweep = make_sweep(tmp_path)
-    desk = Desk(Ledger(sweep), total=4, concurrent=1)
+    coordinator = Coordinator(Ledger(sweep), total=4, concurrent=1)
     for _ in range(MAX_LOST):
-        desk.next("a")
-        LedgerScheduler(desk).on_trial_error(None, ended)  # type: ignore[arg-type]
+        coordinator.next("a")
+        LedgerScheduler(coordinator).on_trial_error(None, ended)  # type: ignore[arg-type]
     (record,) = Ledger(sweep, read_only=True).records.values()
     said = record.summary["error"]
     assert said.splitlines()[-1].endswith(f"; the last time {line}" if line else "the last epoch reported was 0")
@@ -283,7 +283,7 @@ def test_a_trial_is_held_to_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     told: list[Any] = []
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**30, 8 * 2**30))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", told.append)
-    monkeypatch.setattr("training.experiment.Experiment", lambda recipe, folder, rungs, device: told.append(device))
+    monkeypatch.setattr("training.experiment.TrialRun", lambda recipe, folder, rungs, device: told.append(device))
     trial = {
         "cpus": 1,
         "recipe": {"method": "ce", "values": {}, "data": "digits", "noise": "none", "model": "mlp", "epochs": 1, "seed": 0},
@@ -317,7 +317,7 @@ def test_a_process_that_has_lost_its_gpu_ends(tmp_path: Path, monkeypatch: pytes
 def undisturbed(sweep: Sweep, record: Record) -> list[float]:
     """What a trial comes to when nothing happens to it."""
     recipe = of_trial(Ledger(sweep, read_only=True), record)
-    return [epoch.objective for epoch in Experiment(recipe, rungs=sweep.spec.rungs())]
+    return [epoch.objective for epoch in TrialRun(recipe, rungs=sweep.spec.rungs())]
 
 
 def test_faults_cost_their_own_trial_alone(faulty: FaultySweep) -> None:
@@ -327,7 +327,7 @@ def test_faults_cost_their_own_trial_alone(faulty: FaultySweep) -> None:
     sweep = Sweep.find(faulty.storage, "faulty")
     ledger = Ledger(sweep, read_only=True)
     records = list(ledger.records.values())
-    assert [record.word for record in records] == ["failed", "complete", *["failed"] * 3, "diverged", "complete"]
+    assert [record.status for record in records] == ["failed", "complete", *["failed"] * 3, "diverged", "complete"]
     assert [record.attrs.get("lost", (0, 0))[0] for record in records] == [3, 1, 0, 0, 0, 0, 0]
     assert [record.epochs for record in records] == [1, 4, 1, 1, 1, 2, 4]
     assert epochs_by_trial(sweep.folder) == {n: list(range(1, record.epochs + 1)) for n, record in enumerate(records)}

@@ -25,7 +25,7 @@ from tests.sweep_process import (
     start,
     wait_until,
 )
-from training.experiment import Experiment
+from training.experiment import TrialRun
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial
 from tune.store.stored_sweep import Sweep
@@ -84,7 +84,7 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(tmp_path: Path, small_dis
     sweep = Sweep.find(storage, "full")
     ledger = Ledger(sweep, read_only=True)
     for record in ledger.records.values():
-        undisturbed = [epoch.objective for epoch in Experiment(of_trial(ledger, record))]
+        undisturbed = [epoch.objective for epoch in TrialRun(of_trial(ledger, record))]
         assert list(record.objectives.values()) == undisturbed
 
 

@@ -17,10 +17,10 @@ import search
 from tests.sweep_process import make_finished_sweep
 from tests.sweeps import in_child, make_sweep, play
 from tune.report.leaderboard import rows
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import RETRAIN, SWEEP, Ledger
 from tune.spec import make_spec
-from tune.store.folder import FolderHome
+from tune.store.folder import FolderStore
 from tune.store.journal import Journal, LineFile, open_storage
 from tune.store.stored_sweep import Sweep
 from tune.sweep import enqueue_retraining
@@ -30,7 +30,7 @@ def left_by_a_killed_launch(storage: Path, name: str, minutes: float) -> Path:
     """The folder that it was making, last written to so many minutes ago."""
 
     def die() -> None:
-        with FolderHome(storage).making(name):
+        with FolderStore(storage).create(name):
             os._exit(9)
 
     before = set(storage.glob(".*"))
@@ -45,21 +45,21 @@ def written(folder: Path, minutes: float) -> None:
 
 
 def make(storage: Path, name: str) -> None:
-    with FolderHome(storage).making(name) as (folder, _):
+    with FolderStore(storage).create(name) as (folder, _):
         (folder / "sweep.yaml").write_text("")
 
 
 def test_a_second_launch_leaves_the_first_alone_however_long_that_takes(tmp_path: Path) -> None:
-    with FolderHome(tmp_path).making("first") as (folder, _):
+    with FolderStore(tmp_path).create("first") as (folder, _):
         assert isinstance(folder, Path)
         (folder / "journal.log").write_text("x")
         written(folder, 120)
-        with contextlib.suppress(InterruptedError), FolderHome(tmp_path).making("first"):
+        with contextlib.suppress(InterruptedError), FolderStore(tmp_path).create("first"):
             raise InterruptedError
         assert (folder / "journal.log").read_text() == "x"
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
     assert (tmp_path / "first" / "journal.log").read_text() == "x"
-    assert not FolderHome(tmp_path).files("first").running()
+    assert not FolderStore(tmp_path).files("first").running()
 
 
 def test_what_killed_launches_left_goes(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_killed_launches_left_goes(tmp_path: Path) -> None:
 
 
 def test_a_name_that_was_taken_meanwhile(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^sweep 'first' exists in "), FolderHome(tmp_path).making("first"):
+    with pytest.raises(ValueError, match=r"^sweep 'first' exists in "), FolderStore(tmp_path).create("first"):
         make_sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
@@ -145,7 +145,7 @@ def test_a_driver_without_locks_is_refused(number: int, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="locks no files") as raised, sweep.files.lock("resume"):
         raise AssertionError("it is not held")
     assert str(raised.value) == expected
-    with pytest.raises(ValueError, match="locks no files") as raised, FolderHome(tmp_path).making("first"):
+    with pytest.raises(ValueError, match="locks no files") as raised, FolderStore(tmp_path).create("first"):
         raise AssertionError("it is not held")
     assert str(raised.value) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
@@ -200,9 +200,9 @@ def rename(sweep: Sweep, old: str, new: str) -> None:
 def half_done(storage: Path) -> Sweep:
     """A sweep with trials that are complete, stopped and running, and its retraining."""
     sweep = make_sweep(storage, trials=6, epochs=9)
-    play(Desk(Ledger(sweep), total=6, concurrent=2), keep={0})
+    play(Coordinator(Ledger(sweep), total=6, concurrent=2), keep={0})
     ledger = Ledger(sweep, RETRAIN, create=True)
-    enqueue_retraining(ledger, [record for record in Ledger(sweep).leaderboard() if record.word == "complete"][:1], 2)
+    enqueue_retraining(ledger, [record for record in Ledger(sweep).leaderboard() if record.status == "complete"][:1], 2)
     return sweep
 
 
@@ -214,8 +214,8 @@ def test_a_renamed_study_is_found(tmp_path: Path) -> None:
     ledger = Ledger(sweep)
     assert rows(ledger, {}) == before
     assert ledger.kinds == {SWEEP, RETRAIN}
-    play(Desk(ledger, total=6, concurrent=2))
-    assert Ledger(sweep).spent
+    play(Coordinator(ledger, total=6, concurrent=2))
+    assert Ledger(sweep).is_finished
     rename(sweep, RETRAIN, "again")
     assert Ledger(sweep, RETRAIN).num_stored == 2
     assert rows(Ledger(sweep, read_only=True), {}) == rows(ledger, {})

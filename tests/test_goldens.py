@@ -15,7 +15,7 @@ import torch
 from data.seeds import derive
 from methods import METHODS
 from methods.base import Clock
-from training.experiment import Experiment, Recipe
+from training.experiment import Recipe, TrialRun
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 NUM_STEPS = 3
@@ -36,7 +36,7 @@ def first_losses(method: str) -> dict[str, list[float]]:
             seed=0,
             trusted=trusted,
         )
-        experiment = Experiment(recipe)
+        experiment = TrialRun(recipe)
         learner, clock = experiment.method, Clock(epoch, 30)
         torch.manual_seed(derive("epoch", 0, epoch))
         learner.train()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks.methods
-from training.experiment import Experiment
+from training.experiment import TrialRun
 
 pytestmark = pytest.mark.gpu
 SHARE = 0.4
@@ -28,15 +28,15 @@ def configuration(folder: Path, epochs: int) -> dict[str, str]:
 
 def serve(pipe: Connection) -> None:
     """One actor, whose trial takes more memory where its folder says so."""
-    advance = Experiment.advance
+    advance = TrialRun.advance
 
-    def take_more(experiment: Experiment) -> Any:
+    def take_more(experiment: TrialRun) -> Any:
         if experiment.path is not None and experiment.path.parent.name == GREEDY:
             total = torch.cuda.mem_get_info()[1]
             torch.empty(int(0.5 * total), dtype=torch.uint8, device="cuda")
         return advance(experiment)
 
-    Experiment.advance = take_more  # type: ignore[method-assign]
+    TrialRun.advance = take_more  # type: ignore[method-assign]
     benchmarks.methods.serve(pipe)
 
 

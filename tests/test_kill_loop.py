@@ -1,8 +1,9 @@
 """A sweep of free trials, killed after each single durable write and inside of it, in a loop: nothing is lost or doubled.
 
-The desk, the ledger, both doors to Ray Tune and the trial's own shell are the real ones; what is free is the training, and the
-executor is two slots in one process. Kills are ``os._exit`` in a forked process, so the loop runs in a fresh interpreter that
-has no threads: ``python -m tests.test_kill_loop FOLDER LEDGER WAY...``, where LEDGER is empty or the URL of a database.
+The coordinator, the ledger, both doors to Ray Tune and the trial's own shell are the real ones. What is free is the training,
+and the executor is two slots in one process. Kills are ``os._exit`` in a forked process, so the loop runs in a fresh
+interpreter that has no threads: ``python -m tests.test_kill_loop FOLDER LEDGER WAY...``, where LEDGER is empty or the URL of
+a database.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def run(sweep: Any) -> list[tuple[str, int]]:
     from tune.cluster.scheduler import LedgerScheduler
     from tune.cluster.searcher import LedgerSearcher
     from tune.cluster.trial import TrialActor
-    from tune.search.coordinator import Desk
+    from tune.search.coordinator import Coordinator
     from tune.search.ledger import Ledger
 
     class FreeActor(TrialActor):
@@ -129,8 +130,10 @@ def run(sweep: Any) -> list[tuple[str, int]]:
 
     events: list[tuple[str, int]] = []
     ledger = Ledger(sweep)
-    desk = Desk(ledger, total=TRIALS, concurrent=2, on_event=lambda event, record: events.append((event, record.number)))
-    searcher, scheduler = LedgerSearcher(desk), LedgerScheduler(desk)
+    coordinator = Coordinator(
+        ledger, total=TRIALS, concurrent=2, on_event=lambda event, record: events.append((event, record.number))
+    )
+    searcher, scheduler = LedgerSearcher(coordinator), LedgerScheduler(coordinator)
     actors: dict[str, FreeActor] = {}
     num_given = 0
     while True:
@@ -279,14 +282,14 @@ def check(sweep: Any, undisturbed: dict[str, Any]) -> None:
     assert everything(sweep) == before
 
 
-def loop(home: Any, way: str) -> None:
+def loop(store: Any, way: str) -> None:
     """Kills sweeps until one is not killed any more, and says how many kills that were."""
     from tests.sweeps import kept_lines, make_sweep, stored_trials
 
     fields: dict[str, Any] = {"method": ("elr", "ce"), "trials": TRIALS, "epochs": EPOCHS, "reduction_factor": 2}
     each_epoch = way in ("after", "lives")  # saved and reported; otherwise at rungs and at the end
     timing = {"checkpoint_seconds": 0.0 if each_epoch else 1e6, "report_seconds": 0.0 if each_epoch else 1e6}
-    whole = make_sweep(home, f"{way}-undisturbed", defaults_first=True, **fields, **timing)
+    whole = make_sweep(store, f"{way}-undisturbed", defaults_first=True, **fields, **timing)
     run(whole)
     undisturbed: dict[str, Any] = {
         "params": [trial.params for trial in stored_trials(whole)],
@@ -298,7 +301,7 @@ def loop(home: Any, way: str) -> None:
     gc.freeze()  # a collection in a forked process would copy every page
     num_kills = 0
     for number, own_deaths in enumerate(deaths(way)):
-        sweep = make_sweep(home, f"{way}-{number}", defaults_first=True, **fields, **timing)
+        sweep = make_sweep(store, f"{way}-{number}", defaults_first=True, **fields, **timing)
         num_before = num_kills
         for writes, inside in own_deaths:
             if life(sweep, writes, inside):
@@ -327,7 +330,7 @@ def loop(home: Any, way: str) -> None:
 
 
 if __name__ == "__main__":
-    from tune.store.locate import open_home
+    from tune.store.locate import open_store
 
     for chosen in sys.argv[3:]:
-        loop(open_home(sys.argv[1], sys.argv[2]), chosen)
+        loop(open_store(sys.argv[1], sys.argv[2]), chosen)

@@ -18,7 +18,7 @@ from hparams import Value, declared
 from methods import METHODS, find_method
 from tests.sweeps import bytes_below, epoch_record, make_sweep, metric_lines, play
 from tune.report.leaderboard import leaderboard_text, retrain_rows, rows
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger, Record
 from tune.search.recipes import dataset, of_trial
 from tune.search.space import Space
@@ -35,22 +35,22 @@ def stored(sweep: Sweep, name: str = "sweep") -> list[FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
 
 
-def open_desk(sweep: Sweep, *, concurrent: int = 2, total: int | None = None) -> Desk:
+def open_desk(sweep: Sweep, *, concurrent: int = 2, total: int | None = None) -> Coordinator:
     """What a driver has after its start."""
-    return Desk(Ledger(sweep), total=total or sweep.spec.trials, concurrent=concurrent)
+    return Coordinator(Ledger(sweep), total=total or sweep.spec.trials, concurrent=concurrent)
 
 
-def take(desk: Desk, key: str = "a") -> Record:
-    record = desk.next(key)
+def take(coordinator: Coordinator, key: str = "a") -> Record:
+    record = coordinator.next(key)
     assert isinstance(record, Record)
     return record
 
 
-def run_to(desk: Desk, key: str, last: int, value: float = 0.5) -> bool:
+def run_to(coordinator: Coordinator, key: str, last: int, value: float = 0.5) -> bool:
     """Reports a live trial's epochs up to ``last``, one by one; the answer to the last of them."""
     keep = True
-    for epoch in range(desk.live[key].epochs + 1, last + 1):
-        keep = desk.result(key, [epoch_record(epoch, value)], failure=None, diverged=False)
+    for epoch in range(coordinator.live[key].epochs + 1, last + 1):
+        keep = coordinator.result(key, [epoch_record(epoch, value)], failure=None, diverged=False)
     return keep
 
 
@@ -59,71 +59,73 @@ def run_to(desk: Desk, key: str, last: int, value: float = 0.5) -> bool:
 
 def test_each_end_is_told_as_it_happened(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, epochs=4, trials=9, scheduler="none")
-    desk = open_desk(sweep, concurrent=4)
-    complete, diverged, failed, running = (take(desk, key) for key in "abcd")
-    assert run_to(desk, "a", 4, 0.625) is False
-    desk.ended("a")
-    run_to(desk, "b", 2, 0.25)
-    assert desk.result("b", [], failure=None, diverged=True) is False
-    desk.ended("b")
-    run_to(desk, "c", 1, 0.125)
-    assert desk.result("c", [], failure=TRACEBACK, diverged=False) is False
-    desk.ended("c")
-    run_to(desk, "d", 3, 0.75)
+    coordinator = open_desk(sweep, concurrent=4)
+    complete, diverged, failed, running = (take(coordinator, key) for key in "abcd")
+    assert run_to(coordinator, "a", 4, 0.625) is False
+    coordinator.released("a")
+    run_to(coordinator, "b", 2, 0.25)
+    assert coordinator.result("b", [], failure=None, diverged=True) is False
+    coordinator.released("b")
+    run_to(coordinator, "c", 1, 0.125)
+    assert coordinator.result("c", [], failure=TRACEBACK, diverged=False) is False
+    coordinator.released("c")
+    run_to(coordinator, "d", 3, 0.75)
     trials = stored(sweep)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [trial.value for trial in trials] == [0.625, 0.25, None, None]
     assert [trial.last_step for trial in trials] == [4, 2, 1, 3]
-    assert [record.word for record in (complete, diverged, failed, running)] == ["complete", "diverged", "failed", "running"]
+    assert [record.status for record in (complete, diverged, failed, running)] == ["complete", "diverged", "failed", "running"]
     assert trials[0].user_attrs["summary"] == {"epochs": 4, "seconds": 2.0, "test_accuracy": None}
     assert trials[1].user_attrs["summary"]["diverged"] is True
     assert trials[2].user_attrs["summary"]["error"] == TRACEBACK
     assert "summary" not in trials[3].user_attrs
-    assert [row["error"] for row in rows(desk.ledger, {}) if row["state"] == "failed"] == [TRACEBACK]
+    assert [row["error"] for row in rows(coordinator.ledger, {}) if row["state"] == "failed"] == [TRACEBACK]
 
 
 def test_a_trial_that_asha_stops_is_pruned_at_its_last_step(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, epochs=9, trials=9, reduction_factor=3)  # rungs at 1 and 3
-    desk = open_desk(sweep, concurrent=5)
+    coordinator = open_desk(sweep, concurrent=5)
     for key, value in zip("abcd", (0.5, 0.6, 0.7, 0.8), strict=True):
-        take(desk, key)
-        assert run_to(desk, key, 3, value)
-    take(desk, "e")
-    assert run_to(desk, "e", 1, 0.75)
-    assert run_to(desk, "e", 3, 0.55) is False
-    desk.ended("e")
+        take(coordinator, key)
+        assert run_to(coordinator, key, 3, value)
+    take(coordinator, "e")
+    assert run_to(coordinator, "e", 1, 0.75)
+    assert run_to(coordinator, "e", 3, 0.55) is False
+    coordinator.released("e")
     last = stored(sweep)[4]
     assert (last.state, last.value, last.last_step) == (TrialState.PRUNED, 0.55, 3)
-    assert desk.ledger.records[4].word == "stopped"
+    assert coordinator.ledger.records[4].status == "stopped"
     assert [trial.state for trial in stored(sweep)[:4]] == [TrialState.RUNNING] * 4
 
 
 def test_diverged_before_its_first_epoch(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    desk = open_desk(sweep)
-    take(desk)
-    desk.result("a", [], failure=None, diverged=True)
-    desk.ended("a")
+    coordinator = open_desk(sweep)
+    take(coordinator)
+    coordinator.result("a", [], failure=None, diverged=True)
+    coordinator.released("a")
     (trial,) = stored(sweep)
     assert (trial.state, trial.value, trial.last_step) == (TrialState.PRUNED, None, None)
     (row,) = rows(Ledger(sweep, read_only=True), {})
     assert (row["state"], row["value"], row["epochs"]) == ("diverged", None, 0)
-    assert "diverged" in leaderboard_text(desk.ledger, {}, 10)
+    assert "diverged" in leaderboard_text(coordinator.ledger, {}, 10)
 
 
 def test_a_trial_that_gets_ahead_may_lose_any_number_of_processes(tmp_path: Path) -> None:
     """As on machines that are preempted now and then."""
     sweep = make_sweep(tmp_path, scheduler="none", epochs=2 * MAX_LOST)
     events: list[tuple[str, int]] = []
-    desk = Desk(Ledger(sweep), total=4, concurrent=1, on_event=lambda event, record: events.append((event, record.number)))
-    record = take(desk)
+    coordinator = Coordinator(
+        Ledger(sweep), total=4, concurrent=1, on_event=lambda event, record: events.append((event, record.number))
+    )
+    record = take(coordinator)
     for process in range(1, 2 * MAX_LOST):
-        run_to(desk, "a", process)
-        desk.lost("a")
-        assert take(desk) is record, "first in line, before any new trial"
-        assert desk.config(record)["reported"] == process
-    run_to(desk, "a", 2 * MAX_LOST)
-    desk.ended("a")
+        run_to(coordinator, "a", process)
+        coordinator.lost("a")
+        assert take(coordinator) is record, "first in line, before any new trial"
+        assert coordinator.config(record)["reported"] == process
+    run_to(coordinator, "a", 2 * MAX_LOST)
+    coordinator.released("a")
     (trial,) = stored(sweep)
     assert (trial.state, trial.user_attrs["lost"]) == (TrialState.COMPLETE, [1, 2 * MAX_LOST - 1])
     assert [line["epoch"] for line in metric_lines(sweep)] == list(range(1, 2 * MAX_LOST + 1))
@@ -132,39 +134,39 @@ def test_a_trial_that_gets_ahead_may_lose_any_number_of_processes(tmp_path: Path
 
 def test_a_trial_that_loses_three_processes_has_failed(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    desk = open_desk(sweep, concurrent=1)
-    take(desk)
-    run_to(desk, "a", 2)
+    coordinator = open_desk(sweep, concurrent=1)
+    take(coordinator)
+    run_to(coordinator, "a", 2)
     for _ in range(MAX_LOST - 1):
-        desk.lost("a")
-        take(desk)
-    desk = open_desk(sweep, concurrent=1)  # the count outlives the driver
-    take(desk)
-    desk.lost("a")
+        coordinator.lost("a")
+        take(coordinator)
+    coordinator = open_desk(sweep, concurrent=1)  # the count outlives the driver
+    take(coordinator)
+    coordinator.lost("a")
     (trial,) = stored(sweep)
     assert trial.state is TrialState.FAIL
     assert trial.user_attrs["summary"]["error"] == "lost its process 3 times in a row; the last epoch reported was 2"
-    assert take(desk).number == 1
+    assert take(coordinator).number == 1
 
 
 def test_losing_or_ending_what_is_not_there_does_nothing(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    desk = open_desk(sweep)
+    coordinator = open_desk(sweep)
     before = bytes_below(sweep.folder)
-    desk.lost("nobody")
-    desk.ended("nobody")
+    coordinator.lost("nobody")
+    coordinator.released("nobody")
     assert bytes_below(sweep.folder) == before
 
 
 def test_an_interrupted_trial_stays_running(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    desk = open_desk(sweep)
-    take(desk)
-    run_to(desk, "a", 1)
-    desk.halted.set()
-    assert desk.next("b") == FINISHED
-    assert desk.result("a", [epoch_record(2, 0.5)], failure=None, diverged=False) is False
-    desk.ended("a")
+    coordinator = open_desk(sweep)
+    take(coordinator)
+    run_to(coordinator, "a", 1)
+    coordinator.halted.set()
+    assert coordinator.next("b") == FINISHED
+    assert coordinator.result("a", [epoch_record(2, 0.5)], failure=None, diverged=False) is False
+    coordinator.released("a")
     (trial,) = stored(sweep)
     assert trial.state is TrialState.RUNNING
     assert trial.last_step == 2
@@ -173,17 +175,17 @@ def test_an_interrupted_trial_stays_running(tmp_path: Path) -> None:
 def test_a_kill_between_summary_and_state_leaves_a_running_trial(tmp_path: Path) -> None:
     """Its summary is written, its state is not: it runs on, and is shown so."""
     sweep = make_sweep(tmp_path)
-    desk = open_desk(sweep)
-    record = take(desk)
-    run_to(desk, "a", 2)
-    desk.ledger._set_attr(record, "summary", {"epochs": 2, "seconds": 1.0, "diverged": True, "error": TRACEBACK})
+    coordinator = open_desk(sweep)
+    record = take(coordinator)
+    run_to(coordinator, "a", 2)
+    coordinator.ledger._set_attr(record, "summary", {"epochs": 2, "seconds": 1.0, "diverged": True, "error": TRACEBACK})
     for ledger in (Ledger(sweep), Ledger(sweep, read_only=True)):
         (row,) = rows(ledger, {})
         assert (row["state"], row["error"]) == ("running", None)
-    desk = open_desk(sweep)
-    take(desk)
-    run_to(desk, "a", 4)
-    desk.ended("a")
+    coordinator = open_desk(sweep)
+    take(coordinator)
+    run_to(coordinator, "a", 4)
+    coordinator.released("a")
     (row,) = rows(Ledger(sweep), {})
     assert (row["state"], row["error"]) == ("complete", None)
 
@@ -193,40 +195,40 @@ def test_a_kill_between_summary_and_state_leaves_a_running_trial(tmp_path: Path)
 
 def test_none_means_not_now_and_finished_that_the_budget_is_spent(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=3, scheduler="none")
-    desk = open_desk(sweep, concurrent=2)
-    take(desk, "a")
-    take(desk, "b")
-    assert desk.next("c") is None  # two at a time
-    run_to(desk, "a", 4)
-    assert desk.next("c") is None  # until the executor lets go of it
-    desk.ended("a")
-    assert take(desk, "c").number == 2
-    run_to(desk, "b", 4)
-    desk.ended("b")
-    assert desk.next("d") is None  # the third may yet fail
-    desk.result("c", [], failure=TRACEBACK, diverged=False)
-    desk.ended("c")
-    assert take(desk, "d").number == 3, "a failed trial is made up for"
-    run_to(desk, "d", 4)
-    desk.ended("d")
-    assert desk.next("e") == FINISHED
-    assert desk.ledger.num_counted() == 3
+    coordinator = open_desk(sweep, concurrent=2)
+    take(coordinator, "a")
+    take(coordinator, "b")
+    assert coordinator.next("c") is None  # two at a time
+    run_to(coordinator, "a", 4)
+    assert coordinator.next("c") is None  # until the executor lets go of it
+    coordinator.released("a")
+    assert take(coordinator, "c").number == 2
+    run_to(coordinator, "b", 4)
+    coordinator.released("b")
+    assert coordinator.next("d") is None  # the third may yet fail
+    coordinator.result("c", [], failure=TRACEBACK, diverged=False)
+    coordinator.released("c")
+    assert take(coordinator, "d").number == 3, "a failed trial is made up for"
+    run_to(coordinator, "d", 4)
+    coordinator.released("d")
+    assert coordinator.next("e") == FINISHED
+    assert coordinator.ledger.num_counted() == 3
     assert [trial.state.name for trial in stored(sweep)] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
 
 
 def test_five_failures_in_a_row_stop_the_sweep_with_the_last_message(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=20, scheduler="none")
-    desk = open_desk(sweep, concurrent=1)
+    coordinator = open_desk(sweep, concurrent=1)
     for number in range(2 * MAX_FAILURES - 1):
-        take(desk)
+        take(coordinator)
         if number == MAX_FAILURES - 2:  # one that ends well starts the count anew
-            run_to(desk, "a", 4)
+            run_to(coordinator, "a", 4)
         else:
-            desk.result("a", [], failure=TRACEBACK.replace("paper", f"paper {number}"), diverged=False)
-        desk.ended("a")
-        assert desk.halted.is_set() == (number == 2 * MAX_FAILURES - 2)
-    assert desk.problem == "5 trials in a row failed; the last one: RuntimeError: out of paper 8"
-    assert desk.next("a") == FINISHED
+            coordinator.result("a", [], failure=TRACEBACK.replace("paper", f"paper {number}"), diverged=False)
+        coordinator.released("a")
+        assert coordinator.halted.is_set() == (number == 2 * MAX_FAILURES - 2)
+    assert coordinator.problem == "5 trials in a row failed; the last one: RuntimeError: out of paper 8"
+    assert coordinator.next("a") == FINISHED
     assert take(open_desk(sweep)).number == 9, "a resume tries again"
 
 
@@ -246,17 +248,17 @@ def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pyt
     halts = 0
     for writes in range(60):
         sweep = make_sweep(tmp_path, f"full-{writes}", trials=2, epochs=3, sampler="random")
-        desk = open_desk(sweep, concurrent=1)
+        coordinator = open_desk(sweep, concurrent=1)
         with monkeypatch.context() as patch:
             full.left = writes
             patch.setattr(LineFile, "_write", lambda file, descriptor, data: full(file, descriptor, data))
-            play(desk)
-        if not desk.halted.is_set():
+            play(coordinator)
+        if not coordinator.halted.is_set():
             break
         halts += 1
-        assert desk.problem == "the ledger cannot be written: [Errno 28] No space left on device"
-        desk = open_desk(sweep, concurrent=1)
-        play(desk)
+        assert coordinator.problem == "the ledger cannot be written: [Errno 28] No space left on device"
+        coordinator = open_desk(sweep, concurrent=1)
+        play(coordinator)
         assert [trial.state.name for trial in stored(sweep)] == ["COMPLETE"] * 2
         assert [(line["trial"], line["epoch"]) for line in metric_lines(sweep)] == [(t, e) for t in (0, 1) for e in (1, 2, 3)]
     assert halts > 20
@@ -268,18 +270,18 @@ def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pyt
 
 def test_a_running_trial_is_adopted_under_its_number(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=3)
-    desk = open_desk(sweep)
-    first, second = take(desk, "a"), take(desk, "b")
-    run_to(desk, "b", 2, 0.25)
-    desk = open_desk(sweep)
-    again = [take(desk, key) for key in "cd"]
+    coordinator = open_desk(sweep)
+    first, second = take(coordinator, "a"), take(coordinator, "b")
+    run_to(coordinator, "b", 2, 0.25)
+    coordinator = open_desk(sweep)
+    again = [take(coordinator, key) for key in "cd"]
     assert [record.number for record in again] == [0, 1]
     for record, before in zip(again, (first, second), strict=True):
         assert (record.params, record.values, record.method) == (before.params, before.values, before.method)
-        assert desk.ledger.seed(record) == desk.ledger.seed(before)
-        assert of_trial(desk.ledger, record) == of_trial(desk.ledger, before)
+        assert coordinator.ledger.seed(record) == coordinator.ledger.seed(before)
+        assert of_trial(coordinator.ledger, record) == of_trial(coordinator.ledger, before)
     assert (again[1].epochs, again[1].objectives, again[1].seconds) == (2, {1: 0.25, 2: 0.25}, 1.0)
-    assert desk.config(again[1])["reported"] == 2
+    assert coordinator.config(again[1])["reported"] == 2
 
 
 def test_a_proposal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_a_proposal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
         (cut.folder / "journal.log").write_bytes(head + b"".join(written[:number]))
         shown = Ledger(cut, read_only=True).records[0]  # a reader completes nothing
         there = stored(cut)[0].params
-        assert (shown.word, shown.params) == ("running", there)
+        assert (shown.status, shown.params) == ("running", there)
         record = take(open_desk(cut))
         assert record.number == 0
         assert there.items() <= record.params.items()
@@ -375,28 +377,28 @@ def test_an_epoch_that_stands_in_the_metrics_alone_is_put_into_the_study(tmp_pat
 def test_a_trial_whose_last_epoch_decides_it_is_not_run_again(tmp_path: Path) -> None:
     """The driver was killed between an epoch's value and the end of its trial."""
     sweep = make_sweep(tmp_path, trials=5, epochs=9, reduction_factor=3)
-    desk = open_desk(sweep, concurrent=5)
+    coordinator = open_desk(sweep, concurrent=5)
     for key in "abcde":
-        take(desk, key)
+        take(coordinator, key)
     for key in "abc":
-        run_to(desk, key, 3, 0.75)
-    run_to(desk, "d", 9, 0.875)
-    run_to(desk, "e", 3, 0.25)
+        run_to(coordinator, key, 3, 0.75)
+    run_to(coordinator, "d", 9, 0.875)
+    run_to(coordinator, "e", 3, 0.25)
     assert [trial.state.name for trial in stored(sweep)] == ["RUNNING"] * 5
-    desk = open_desk(sweep, concurrent=5)
+    coordinator = open_desk(sweep, concurrent=5)
     assert [trial.state.name for trial in stored(sweep)] == ["RUNNING"] * 3 + ["COMPLETE", "PRUNED"]
-    assert [take(desk, key).number for key in "abc"] == [0, 1, 2]
-    assert desk.next("d") is None
+    assert [take(coordinator, key).number for key in "abc"] == [0, 1, 2]
+    assert coordinator.next("d") is None
 
 
 def test_epochs_that_the_ledger_has_are_dropped(tmp_path: Path) -> None:
     """A worker that was restored from an older checkpoint says them again, with a time of its own."""
     sweep = make_sweep(tmp_path, scheduler="none")
-    desk = open_desk(sweep)
-    record = take(desk)
-    desk.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
+    coordinator = open_desk(sweep)
+    record = take(coordinator)
+    coordinator.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
     said_again = [epoch_record(epoch, 0.75) for epoch in (1, 2, 3)]
-    assert desk.result("a", said_again, failure=None, diverged=False)
+    assert coordinator.result("a", said_again, failure=None, diverged=False)
     assert record.objectives == {1: 0.5, 2: 0.5, 3: 0.75} == stored(sweep)[0].intermediate_values
     assert [(line["epoch"], line["objective"]) for line in metric_lines(sweep)] == [(1, 0.5), (2, 0.5), (3, 0.75)]
     assert record.seconds == 1.5
@@ -524,22 +526,22 @@ def test_the_leaderboard_is_complete_then_stopped_then_running_then_failed(tmp_p
 def test_the_leaderboard_that_grew_with_the_sweep_is_the_sorted_one(tmp_path: Path) -> None:
     """Kept in order as trials end, in whatever order that is: the same as in a ledger that is opened afterwards."""
     sweep = make_sweep(tmp_path, trials=40, epochs=9)
-    desk = open_desk(sweep, concurrent=5)
-    play(desk, keep={7, 21})
-    board = desk.ledger.leaderboard()
+    coordinator = open_desk(sweep, concurrent=5)
+    play(coordinator, keep={7, 21})
+    board = coordinator.ledger.leaderboard()
     words = ["complete", "stopped", "running"]
-    assert {record.word for record in board} == set(words)
+    assert {record.status for record in board} == set(words)
 
     def key(record: Record) -> tuple[int, int, float, int]:
-        epochs = record.epochs if record.word == "stopped" else 0
-        value = record.objectives[record.epochs] if record.word != "running" else 0.0
-        return words.index(record.word), -epochs, -value, record.number
+        epochs = record.epochs if record.status == "stopped" else 0
+        value = record.objectives[record.epochs] if record.status != "running" else 0.0
+        return words.index(record.status), -epochs, -value, record.number
 
-    assert [record.number for record in board if record.word != "running"] == [
-        record.number for record in sorted(board, key=key) if record.word != "running"
+    assert [record.number for record in board if record.status != "running"] == [
+        record.number for record in sorted(board, key=key) if record.status != "running"
     ]
     assert [record.number for record in board] == [record.number for record in Ledger(sweep, read_only=True).leaderboard()]
-    assert desk.ledger.best() is board[0]
+    assert coordinator.ledger.best() is board[0]
 
 
 def test_only_a_complete_trial_is_best(tmp_path: Path) -> None:
@@ -555,8 +557,8 @@ def test_only_a_complete_trial_is_best(tmp_path: Path) -> None:
 def test_checkpoints_are_kept_for_running_trials_and_the_best_few(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=12, epochs=3, scheduler="none")
     order = [0.1, 0.9, 0.2, 0.8, 0.85, 0.3, 0.7, 0.75, 0.4, 0.5, 0.95, 0.6]
-    desk = open_desk(sweep)
-    play(desk, lambda record, epoch: order[record.number], keep={9})
+    coordinator = open_desk(sweep)
+    play(coordinator, lambda record, epoch: order[record.number], keep={9})
     best = sorted(set(range(12)) - {9}, key=lambda number: -order[number])[:KEPT_CHECKPOINTS]
     held = {int(folder.name) for folder in (sweep.folder / "checkpoints").iterdir()}
     assert held == {*best, 9}
@@ -568,9 +570,9 @@ def test_checkpoints_are_kept_for_running_trials_and_the_best_few(tmp_path: Path
 
 def test_failed_and_stopped_trials_leave_no_checkpoint(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=30, epochs=9)
-    desk = open_desk(sweep, concurrent=3)
-    play(desk)
-    states = {record.number: record.word for record in desk.ledger.records.values()}
+    coordinator = open_desk(sweep, concurrent=3)
+    play(coordinator)
+    states = {record.number: record.status for record in coordinator.ledger.records.values()}
     held = {int(folder.name) for folder in (sweep.folder / "checkpoints").iterdir()}
     assert "stopped" in states.values()
     assert len(held) == KEPT_CHECKPOINTS
@@ -720,18 +722,18 @@ def test_a_retraining_is_a_study_of_its_own_in_the_same_journal(tmp_path: Path) 
     for seed in range(3):
         ledger.enqueue(best.params, {"source": best.number, "seed": seed, "noise_draw": seed + 1})
     ledger = Ledger(sweep, RETRAIN)
-    desk = Desk(ledger, total=3, concurrent=1)
+    coordinator = Coordinator(ledger, total=3, concurrent=1)
     recipes = []
     for number in range(3):
-        record = take(desk)
+        record = take(coordinator)
         assert record.params == best.params
         recipes.append(of_trial(ledger, record))
         if number == 1:
-            desk.result("a", [], failure=TRACEBACK, diverged=False)
+            coordinator.result("a", [], failure=TRACEBACK, diverged=False)
         else:
-            run_to(desk, "a", 9, 0.01)
-        desk.ended("a")
-    assert desk.next("a") == FINISHED
+            run_to(coordinator, "a", 9, 0.01)
+        coordinator.released("a")
+    assert coordinator.next("a") == FINISHED
     assert [trial.state.name for trial in stored(sweep, RETRAIN)] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert len({recipe.seed for recipe in recipes}) == 3
     assert [recipe.noise_seed for recipe in recipes] == [1, 2, 3]
@@ -796,9 +798,9 @@ def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: 
             expected = {**before.records[number].values, "sparsity": declared(find_method("cdr").Config)["sparsity"].default}
             assert ledger.records[number].values == expected
         assert [record.number for record in ledger.leaderboard()] == [record.number for record in before.leaderboard()]
-    desk = open_desk(sweep, total=12)
-    play(desk)
-    later = [r for r in desk.ledger.records.values() if r.method == "cdr" and r.number not in finished]
+    coordinator = open_desk(sweep, total=12)
+    play(coordinator)
+    later = [r for r in coordinator.ledger.records.values() if r.method == "cdr" and r.number not in finished]
     assert later
     assert all(record.values["sparsity"] == record.params["cdr.sparsity"] for record in later)
 
@@ -822,10 +824,10 @@ def test_values_outside_of_todays_range_stay(tmp_path: Path) -> None:
     record.write_text(record.read_text().replace("  range:\n    lr: 0.5:0.9:log\n", "  range: {}\n"))
     changed = Sweep.read(sweep.folder)
     assert changed.spec.range == {}
-    desk = open_desk(changed, total=6)
-    assert {number: record.values for number, record in desk.ledger.records.items()} == before
-    play(desk)
-    new = [record.values["lr"] for number, record in desk.ledger.records.items() if number not in before]
+    coordinator = open_desk(changed, total=6)
+    assert {number: record.values for number, record in coordinator.ledger.records.items()} == before
+    play(coordinator)
+    new = [record.values["lr"] for number, record in coordinator.ledger.records.items() if number not in before]
     assert len(new) == 2
     assert max(map(float, new)) <= 0.1
 
@@ -838,12 +840,12 @@ def test_a_sweep_of_symmetric_cross_entropy_from_before_beta_was_searched(tmp_pa
     without_lines(sweep.folder / "journal.log", '"param_name":"sce.beta"')
     record = sweep.folder / "sweep.yaml"
     record.write_text(record.read_text().replace("  range:\n    sce.alpha: 20:90:log\n", "  range: {}\n"))
-    desk = open_desk(Sweep.read(sweep.folder), total=9)
-    old = dict(desk.ledger.records)
+    coordinator = open_desk(Sweep.read(sweep.folder), total=9)
+    old = dict(coordinator.ledger.records)
     assert len(old) == 6
     assert all(r.values["beta"] == 1.0 and float(r.values["alpha"]) >= 20 for r in old.values())
-    play(desk)
-    new = [r.values for number, r in desk.ledger.records.items() if number not in old]
+    play(coordinator)
+    new = [r.values for number, r in coordinator.ledger.records.items() if number not in old]
     assert len(new) == 3
     assert all(0.01 <= float(values["alpha"]) <= 10 and 0.05 <= float(values["beta"]) <= 10 for values in new)
 

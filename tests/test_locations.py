@@ -12,14 +12,14 @@ import search
 from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play, stored_trials
 from training import checkpoint
-from training.experiment import Experiment, Recipe
+from training.experiment import Recipe, TrialRun
 from training.locations import Location, Remote, check_writable, location, names, remove
 from tune.checks import check_storage
 from tune.report.tracking import artifacts_uri
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import KEPT_CHECKPOINTS
-from tune.store.postgres import DatabaseHome
+from tune.store.postgres import PostgresStore
 
 SECRET = "correct-horse-battery"
 
@@ -112,31 +112,31 @@ RECIPE: dict[str, Any] = {"method": "elr", "values": {}, "data": "digits", "nois
 
 def test_a_trial_goes_on_from_its_checkpoint_there(store: Location) -> None:
     recipe = Recipe(**RECIPE, epochs=3, seed=1)
-    undisturbed = [record.objective for record in Experiment(recipe)]
-    first = Experiment(recipe, store / "3")
+    undisturbed = [record.objective for record in TrialRun(recipe)]
+    first = TrialRun(recipe, store / "3")
     first.advance()
     first.save()
-    again = Experiment(recipe, location(str(store / "3")))
+    again = TrialRun(recipe, location(str(store / "3")))
     assert again.epochs_done == 1
     assert [record.objective for record in again.history] + [record.objective for record in again] == undisturbed
 
 
 def test_checkpoints_are_kept_for_running_trials_and_the_best_few(s3: str, postgres: Postgres) -> None:
-    home = DatabaseHome(postgres.new_database(), location(f"{s3}/runs"))
-    sweep = make_sweep(home, trials=9, epochs=3, scheduler="none")
-    desk = Desk(Ledger(sweep), total=9, concurrent=2)
-    assert desk.config(desk.ledger.ask())["folder"] == "s3://bucket/runs/first/checkpoints/0"
-    play(Desk(Ledger(sweep), total=9, concurrent=2), lambda record, epoch: record.number / 10, keep={2})
+    store = PostgresStore(postgres.new_database(), location(f"{s3}/runs"))
+    sweep = make_sweep(store, trials=9, epochs=3, scheduler="none")
+    coordinator = Coordinator(Ledger(sweep), total=9, concurrent=2)
+    assert coordinator.config(coordinator.ledger.ask())["folder"] == "s3://bucket/runs/first/checkpoints/0"
+    play(Coordinator(Ledger(sweep), total=9, concurrent=2), lambda record, epoch: record.number / 10, keep={2})
     checkpoints = sweep.folder / "checkpoints"
     best = {str(number) for number in range(9 - KEPT_CHECKPOINTS, 9)}
     assert set(names(checkpoints)) == {*best, "2"}
     for stray in ("0", "77"):
         (checkpoints / stray / "checkpoint.pt").write_bytes(b"state")  # type: ignore[union-attr]
-    Desk(Ledger(sweep), total=9, concurrent=2)
+    Coordinator(Ledger(sweep), total=9, concurrent=2)
     assert set(names(checkpoints)) == {*best, "2"}
     assert len(stored_trials(sweep)) == 9
     with pytest.raises(ValueError, match="s3://bucket/runs/first exists and belongs to no sweep in postgresql://"):
-        make_sweep(DatabaseHome(postgres.new_database(), location(f"{s3}/runs")))
+        make_sweep(PostgresStore(postgres.new_database(), location(f"{s3}/runs")))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from tests.test_methods_contract import (
     tiny_task,
     train,
 )
-from training.experiment import Experiment, Recipe
+from training.experiment import Recipe, TrialRun
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -291,7 +291,7 @@ def test_labels_harden_gradually_and_the_hard_ones_are_the_right_ones() -> None:
 
     def history(method: str, **more: float) -> list[dict[str, float]]:
         recipe = Recipe(method, values | more, data="digits", noise="symmetric:0.4", model="small-cnn", epochs=20, seed=0)
-        return [record.metrics for record in Experiment(recipe)]
+        return [record.metrics for record in TrialRun(recipe)]
 
     alr, selc = history("alr", entropy_weight=0.6), history("selc")
     hard = [epoch["refine/hardened"] for epoch in alr[9::5]]  # after 10, 15 and 20 epochs

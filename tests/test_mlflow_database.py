@@ -20,7 +20,7 @@ from sqlalchemy import make_url
 import search
 from tests.sweeps import make_sweep, new_storage
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, without_ids
-from tune.report.leaderboard import mlflow_database
+from tune.report import mlflow_database
 from tune.report.mlflow_database import Unusable, follow_storage, prepare, refusal
 from tune.report.tracker import Projection
 from tune.report.tracking import artifacts_uri, sqlite_path, sqlite_uri, tracking_uri
@@ -146,7 +146,7 @@ def test_a_database_that_holds_something_is_kept_and_all_is_tracked_again(
     set_version(other / "mlflow.db", last_but_one())
     aged(other / "mlflow.db")
     said: list[str] = []
-    Projection(Ledger(Sweep.find(other, "first")), tracking_uri(other, ""), say=said.append).close(spent=True)
+    Projection(Ledger(Sweep.find(other, "first")), tracking_uri(other, ""), say=said.append).close(finished=True)
     (line,) = said
     assert line.startswith(f"MLflow's database {other / 'mlflow.db'} could not be opened (Detected out-of-date database schema")
     assert line.endswith("it is kept as mlflow.db.broken-1, and was made anew")
@@ -234,7 +234,7 @@ def moved(storage: Path, tmp_path: Path) -> Path:
 
     sweep = start_sweep(storage, trials=3)
     play(Ledger(sweep), 3)
-    Projection(Ledger(sweep), tracking_uri(storage, "")).close(spent=True)
+    Projection(Ledger(sweep), tracking_uri(storage, "")).close(finished=True)
     _artifact_repos_cache.clear()  # a process keeps the place of a run's artifacts by the run's id, and here are two places
     shutil.copytree(storage, tmp_path / "moved")
     return tmp_path / "moved"
@@ -245,7 +245,7 @@ def artifact_files(storage: Path) -> set[Path]:
 
 
 def resume(storage: Path, uri: str = "") -> None:
-    Projection(Ledger(Sweep.find(storage, "first")), tracking_uri(storage, uri)).close(spent=True)
+    Projection(Ledger(Sweep.find(storage, "first")), tracking_uri(storage, uri)).close(finished=True)
 
 
 def test_a_moved_storage_writes_to_where_it_is(storage: Path, moved: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_storage_with_an_odd_name(name: str, tmp_path: Path, migrated_store: P
     play(Ledger(sweep), 2)
     uri = tracking_uri(storage, "")
     assert make_url(uri).database == str(storage / "mlflow.db"), "as SQLAlchemy reads it"
-    Projection(Ledger(sweep), uri).close(spent=True)
+    Projection(Ledger(sweep), uri).close(finished=True)
     assert os.listdir(tmp_path) == [name], "nothing lies beside it"
     assert {path.name for path in artifact_files(storage)} >= {"best_config.yaml", "leaderboard.json"}
     connection = sqlite3.connect(storage / "mlflow.db")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from methods import METHODS
 from models import Network, make_model
 from tests.test_methods_contract import finish, flat, make, tiny_data, tiny_net, tiny_task
-from training.experiment import Experiment, Recipe
+from training.experiment import Recipe, TrialRun
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,6 @@ def test_a_compiled_trial_has_the_numbers_of_one_that_is_not(name: str, graphs: 
     numbers = []
     for compiled in ("off", "on"):
         recipe = Recipe(**{**vars(recipe), "compile": compiled})
-        numbers.append([record.metrics["train/loss"] for record in Experiment(recipe)])
+        numbers.append([record.metrics["train/loss"] for record in TrialRun(recipe)])
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
     assert bool(graphs) == (name == "alr")

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from methods.base import first_epoch
 from tests.sweeps import epoch_record, make_sweep, play
 from tune.report.leaderboard import rungs
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.search.rungs import Rungs, below_cut
 from tune.spec import SweepSpec, make_spec
@@ -223,18 +223,18 @@ def test_rungs_of_a_reopened_ledger_are_those_before(tmp_path: Path) -> None:
     """After finished, stopped and interrupted trials alike, for the driver and for ``best --rungs``."""
     sweep = make_sweep(tmp_path, method=("ce", "alr"), trials=20, epochs=9, reduction_factor=2, set={"alr.warmup": "0.2"})
     ledger = Ledger(sweep)
-    desk = Desk(ledger, total=20, concurrent=4)
-    play(desk, keep={5, 9})
-    assert sum(map(len, desk.rungs.values.values())) > 20
-    assert {len(standing) for standing in desk.rungs.values.values()} != {20}
+    coordinator = Coordinator(ledger, total=20, concurrent=4)
+    play(coordinator, keep={5, 9})
+    assert sum(map(len, coordinator.rungs.values.values())) > 20
+    assert {len(standing) for standing in coordinator.rungs.values.values()} != {20}
     again = Ledger(sweep)
-    assert Rungs(again).values == desk.rungs.values
+    assert Rungs(again).values == coordinator.rungs.values
     shown = rungs(Ledger(sweep, read_only=True))
-    assert {int(rung): {int(n): v for n, v in s.items()} for rung, s in shown.items()} == desk.rungs.values
+    assert {int(rung): {int(n): v for n, v in s.items()} for rung, s in shown.items()} == coordinator.rungs.values
     for record in again.records.values():
-        for rung in desk.rungs.values:
+        for rung in coordinator.rungs.values:
             enters = record.epochs >= rung > (2 if record.method == "alr" else 0)
-            assert (record.number in desk.rungs.values[rung]) == enters
+            assert (record.number in coordinator.rungs.values[rung]) == enters
 
 
 def test_a_decision_is_the_same_after_a_restart(tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import search
 from hparams import Hyperparameter, Interval, Range
 from tests.sweeps import epoch_record, make_sweep, play, stored_trials
-from tune.search.coordinator import FINISHED, Desk
+from tune.report.announcement import describe
+from tune.report.closing import closing_words
+from tune.search import warm_start
+from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.search.sampler import Distinct, GroupedTPE
 from tune.search.space import Space
-from tune.search.warm_start import warm_start
 from tune.spec import make_spec, read_yaml
 from tune.store.stored_sweep import Sweep
-from tune.sweep import closing_words, describe
 
 BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None)
 DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None)
@@ -136,13 +137,13 @@ def configurations(sweep: Sweep) -> Counter[str]:
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_each_configuration_is_run_once(sampler: str, tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, sampler=sampler, trials=40, defaults_first=True, **SMALL)
-    desk = Desk(Ledger(sweep), total=40, concurrent=3)
-    play(desk)
+    coordinator = Coordinator(Ledger(sweep), total=40, concurrent=3)
+    play(coordinator)
     assert set(configurations(sweep).values()) == {1}
     assert len(configurations(sweep)) == 12
-    assert desk.next("another") == FINISHED
+    assert coordinator.next("another") == FINISHED
     again = Ledger(sweep)
-    assert again.spent
+    assert again.is_finished
     assert [str(budget) for budget in again.budgets() if budget.over] == ["12 of 12 configurations"]
     (said,) = closing_words(again, "python search.py resume first", idle=True)
     wider = "wider ranges in a sweep of its own: launch NAME --from first --range ..."
@@ -154,32 +155,32 @@ def test_no_resume_repeats_a_configuration(sampler: str, tmp_path: Path) -> None
     """Also not where trials were running when a driver was killed, and one failed."""
     sweep = make_sweep(tmp_path, sampler=sampler, trials=40, **SMALL)
     for count in range(1, 5):
-        desk = Desk(Ledger(sweep), total=40, concurrent=2)
-        records = [desk.next(str(slot)) for slot in range(2)]
+        coordinator = Coordinator(Ledger(sweep), total=40, concurrent=2)
+        records = [coordinator.next(str(slot)) for slot in range(2)]
         assert all(isinstance(record, Record) for record in records)
         failure = "it failed" if count == 2 else None
         epochs = [epoch_record(epoch, 0.5) for epoch in range(1, 5)]
-        assert not desk.result("0", [] if failure else epochs, failure=failure, diverged=False)
-        desk.ended("0")
-    play(Desk(Ledger(sweep), total=40, concurrent=2))
+        assert not coordinator.result("0", [] if failure else epochs, failure=failure, diverged=False)
+        coordinator.released("0")
+    play(Coordinator(Ledger(sweep), total=40, concurrent=2))
     assert set(configurations(sweep).values()) == {1}
     assert len(configurations(sweep)) == 12
     assert Ledger(sweep).num_counted() == 11
-    assert Ledger(sweep).spent
+    assert Ledger(sweep).is_finished
 
 
 def test_as_many_trials_as_configurations(tmp_path: Path) -> None:
     """The trials end the sweep, and nothing is said of configurations, unless one fails for which none is left."""
     sweep = make_sweep(tmp_path, trials=12, **SMALL)
-    play(Desk(Ledger(sweep), total=12, concurrent=2))
+    play(Coordinator(Ledger(sweep), total=12, concurrent=2))
     assert [budget.name for budget in Ledger(sweep).budgets()] == ["trials", "hours", "gpu_hours"]
     assert set(configurations(sweep).values()) == {1}
     other = make_sweep(tmp_path, "other", trials=12, **SMALL)
-    desk = Desk(Ledger(other), total=12, concurrent=1)
-    desk.next("slot")
-    desk.result("slot", [], failure="it failed", diverged=False)
-    desk.ended("slot")
-    play(desk)
+    coordinator = Coordinator(Ledger(other), total=12, concurrent=1)
+    coordinator.next("slot")
+    coordinator.result("slot", [], failure="it failed", diverged=False)
+    coordinator.released("slot")
+    play(coordinator)
     assert Ledger(other).num_counted() == 11
     assert [str(budget) for budget in Ledger(other).budgets() if budget.over] == ["12 of 12 configurations"]
 
@@ -189,10 +190,10 @@ def test_what_is_new_is_proposed_as_ever(sampler: str, tmp_path: Path, monkeypat
     """Where the space is large enough, proposals are those of the plain samplers."""
     large = {"set": {"lr": "0.05"}, "range": {"weight_decay": "0:0.1:0.000001", "batch_size": "2:100000"}, "trials": 25}
     sweep = make_sweep(tmp_path, sampler=sampler, **large)
-    play(Desk(Ledger(sweep), total=25, concurrent=2))
+    play(Coordinator(Ledger(sweep), total=25, concurrent=2))
     plain = make_sweep(tmp_path, "plain", sampler=sampler, **large)
     monkeypatch.setattr("tune.search.ledger.Distinct", lambda sampler, space, taken, seed: sampler)
-    play(Desk(Ledger(plain), total=25, concurrent=2))
+    play(Coordinator(Ledger(plain), total=25, concurrent=2))
     assert [trial.params for trial in stored_trials(sweep)] == [trial.params for trial in stored_trials(plain)]
 
 
@@ -230,9 +231,9 @@ def test_a_method_that_may_begin_late_by_a_choice(tmp_path: Path) -> None:
 
 def test_a_warm_start_from_numbers_that_are_not_among_the_choices(tmp_path: Path) -> None:
     old = make_sweep(tmp_path, "old", trials=3, set={"lr": "0.05"}, range={"weight_decay": "0.001,0.01,0.1"}, scheduler="none")
-    play(Desk(Ledger(old), total=3, concurrent=1))
+    play(Coordinator(Ledger(old), total=3, concurrent=1))
     spec = make_spec({"method": ("ce",), "set": {"lr": "0.05"}, "range": {"weight_decay": "0.001,0.1,0.5"}})
-    found = warm_start("old", old.files.home, spec, Space(spec))
+    found = warm_start("old", old.files.store, spec, Space(spec))
     assert sorted(params["weight_decay"] for params in found.params) == [0.001, 0.1]
     assert sum("its weight_decay 0.01 is outside 0.001,0.1,0.5" in line for line in found.lines) == 1
 

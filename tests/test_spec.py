@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from data.dataset import DataSpec
-from training.experiment import Experiment, Recipe
+from training.experiment import Recipe, TrialRun
 from tune.checks import check_views
 from tune.search.recipes import dataset
 from tune.search.space import Space
@@ -49,7 +49,7 @@ def test_a_launch_records_its_views_and_a_record_without_them_mirrors_as_before(
         _, values = Space(spec).read({"lr": 0.05, "weight_decay": 0.001})
         recipe = Recipe("ce", values, "mlp", 1, 0, **vars(DataSpec.of(spec)))
         dataset(spec)
-        seen.append((values["views"], Experiment(recipe).method))
+        seen.append((values["views"], TrialRun(recipe).method))
     assert [views for views, _ in seen] == ["shift", "auto"]
 
 

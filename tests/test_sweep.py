@@ -203,19 +203,19 @@ from contextlib import suppress
 from pathlib import Path
 from search import leave
 from tune.cluster import executor
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.cluster.interruption import Interrupted, Interruption
 from tune.search.ledger import Ledger
 from tune.store.stored_sweep import Sweep
 
 sweep = Sweep.read(Path(sys.argv[1]))
-desk = Desk(Ledger(sweep), total=sweep.spec.trials, concurrent=2)
+coordinator = Coordinator(Ledger(sweep), total=sweep.spec.trials, concurrent=2)
 terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
-with Interruption(desk, sweep.folder / "stop") as interruption:
+with Interruption(coordinator, sweep.folder / "stop") as interruption:
     if sys.argv[2] == "early":
         threading.Timer(float(sys.argv[3]), terminate).start()
     with suppress(Interrupted):  # where Ray is so slow that the grace ends first
-        executor.run(desk, sweep.spec, interruption, print)
+        executor.run(coordinator, sweep.spec, interruption, print)
     if sys.argv[2] == "late":
         terminate()
     time.sleep(0.1)

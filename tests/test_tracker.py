@@ -18,13 +18,13 @@ import yaml
 from optuna.trial import TrialState
 
 from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines, new_storage
-from tune.report.leaderboard import leaderboard as report
+from tune.report import leaderboard as report
+from tune.report import tracker as tracker_module
 from tune.report.leaderboard import plots_page, rows
-from tune.report.leaderboard import tracker as tracker_module
 from tune.report.mlflow_database import prepare
 from tune.report.tracker import BATCH, Projection, Tracker, noted_runs, run_name
 from tune.report.tracking import tracking_uri
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.recipes import from_yaml, of_trial
 from tune.store.stored_sweep import Sweep
@@ -44,24 +44,26 @@ def play(
 ) -> None:
     """Trials two at a time, one epoch each in turn: the second diverges, the third fails, ``keep`` are left in progress;
     ``between`` is called after each epoch."""
-    desk = Desk(ledger, total=trials, concurrent=2)
+    coordinator = Coordinator(ledger, total=trials, concurrent=2)
     for given in range(10**6):
-        while len(desk.live) < 2 and desk.ledger.num_counted() + len(desk.live) < trials - (0 if desk.waiting else keep):
-            desk.next(f"{given}-{len(desk.live)}-{time.monotonic_ns()}")
-        if not desk.live:
+        while len(coordinator.live) < 2 and coordinator.ledger.num_counted() + len(coordinator.live) < trials - (
+            0 if coordinator.waiting else keep
+        ):
+            coordinator.next(f"{given}-{len(coordinator.live)}-{time.monotonic_ns()}")
+        if not coordinator.live:
             break
-        for key, record in list(desk.live.items()):
+        for key, record in list(coordinator.live.items()):
             epoch = record.epochs + 1
             diverged, failed = record.number == 1 and epoch == 3, record.number == 2 and epoch == 2
             value = made_up(record.values, epoch)
             more = {"test/accuracy": value / 2, "refine/drift": 0.0} | ({"gpu_seconds": gpus * 0.5} if gpus else {})
             new = [] if diverged or failed else [epoch_record(epoch, value, **more)]
-            if not desk.result(key, new, failure=TRACEBACK if failed else None, diverged=diverged):
-                desk.ended(key)
+            if not coordinator.result(key, new, failure=TRACEBACK if failed else None, diverged=diverged):
+                coordinator.released(key)
             between()
     for kept in range(keep):
-        desk.next(f"kept-{kept}")
-        desk.result(f"kept-{kept}", [epoch_record(1, 0.25)], failure=None, diverged=False)
+        coordinator.next(f"kept-{kept}")
+        coordinator.result(f"kept-{kept}", [epoch_record(1, 0.25)], failure=None, diverged=False)
 
 
 def read_store(storage: Path, name: str = "first") -> dict[str, Any]:
@@ -115,7 +117,7 @@ def rebuilt(sweep: Sweep, folder: Path, migrated_store: Path) -> dict[str, Any]:
         shutil.copy(sweep.folder / name, other / sweep.name / name)
     ledger = Ledger(Sweep.read(other / sweep.name))
     spent = not ledger.unfinished()
-    Projection(ledger, tracking_uri(other, "")).close(spent=spent)
+    Projection(ledger, tracking_uri(other, "")).close(finished=spent)
     return read_store(other)
 
 
@@ -126,24 +128,24 @@ def test_what_happened_is_what_mlflow_shows(storage: Path) -> None:
     sweep = start_sweep(storage)
     ledger = Ledger(sweep)
     play(ledger)
-    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    Projection(ledger, tracking_uri(storage, "")).close(finished=True)
     store = read_store(storage)
     assert set(store) == {"parent", *map(str, range(7))}
-    words = {record.number: record.word for record in ledger.records.values()}
+    words = {record.number: record.status for record in ledger.records.values()}
     assert {"complete", "stopped", "diverged", "failed"} == set(words.values())
     status = {"complete": "FINISHED", "stopped": "KILLED", "diverged": "KILLED", "failed": "FAILED"}
     recorded = metric_lines(sweep)
     for record in ledger.records.values():
         run = store[str(record.number)]
-        assert run["status"] == status[record.word]
+        assert run["status"] == status[record.status]
         assert run["links"]["mlflow.parentRunId"] == store["parent"]["run_id"]
         assert run["name"] == run_name(record)
-        assert run["times"] == (int(record.started * 1000), int(record.ended * 1000))
+        assert run["times"] == (int(record.started * 1000), int(record.ended_at * 1000))
         expected = {"method": record.method, **record.values, "seed": ledger.seed(record)}
         assert run["params"] == {key: str(value) for key, value in expected.items()}
         tags = {"sweep": "first", "sweep_id": sweep.provenance["id"], "study": "sweep", "role": "trial", "method": "alr"}
-        tags |= {"trial": str(record.number), "state": record.word, "epochs": str(record.epochs)}
-        assert run["tags"] == tags | ({"error": TRACEBACK} if record.word == "failed" else {})
+        tags |= {"trial": str(record.number), "state": record.status, "epochs": str(record.epochs)}
+        assert run["tags"] == tags | ({"error": TRACEBACK} if record.status == "failed" else {})
         lines = [line for line in recorded if line["trial"] == record.number]
         for key in ("val/objective", *lines[0]["metrics"]):
             told = [(line["epoch"], int(line["time"] * 1000), line["metrics"].get(key, line["objective"])) for line in lines]
@@ -159,7 +161,7 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     play(ledger)
     sweep.files.write("noise.json", '{"realised_rate": 0.4}')
     projection = Projection(ledger, tracking_uri(storage, ""))
-    projection.close(spent=True)
+    projection.close(finished=True)
     parent, best = read_store(storage)["parent"], ledger.best()
     assert best is not None
     assert (parent["name"], parent["status"], parent["times"][0]) == ("first", "FINISHED", int(CREATED * 1000))
@@ -168,11 +170,11 @@ def test_the_parent_tells_the_best(storage: Path, tmp_path: Path) -> None:
     assert json.loads(parent["params"]["set"]) == {"warmup": "0"}
     assert json.loads(parent["tags"]["best_params"]) == {"method": "alr", **best.values}
     assert parent["links"]["best_run_id"] == projection.runs[best.number]
-    ended = sorted(ledger.records.values(), key=lambda record: record.ended)
+    ended = sorted(ledger.records.values(), key=lambda record: record.ended_at)
     curve, so_far = [], -1.0
     for step, record in enumerate(ended, 1):
         so_far = max(so_far, record.value or 0.0) if record.state is TrialState.COMPLETE else so_far
-        curve += [(step, int(record.ended * 1000), so_far)] if so_far >= 0 else []
+        curve += [(step, int(record.ended_at * 1000), so_far)] if so_far >= 0 else []
     assert parent["metrics"]["val/objective"] == curve
     assert parent["metrics"]["val/objective"][-1][2] == best.value
     last = {name: parent["metrics"][f"trials/{name}"][-1][2] for name in ("complete", "pruned", "fail")}
@@ -198,9 +200,9 @@ def test_the_parent_tells_what_was_spent_and_saved(storage: Path) -> None:
     sweep = start_sweep(storage, gpus_per_trial=0.5, gpu_hours=2.0)
     ledger = Ledger(sweep)
     play(ledger, gpus=0.5)
-    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    Projection(ledger, tracking_uri(storage, "")).close(finished=True)
     parent = read_store(storage)["parent"]
-    stopped = [record for record in ledger.records.values() if record.word == "stopped"]
+    stopped = [record for record in ledger.records.values() if record.status == "stopped"]
     assert stopped
     num_epochs, num_saved = len(metric_lines(sweep)), sum(9 - record.epochs for record in stopped)
     last = {name: history[-1][2] for name, history in parent["metrics"].items()}
@@ -226,7 +228,7 @@ def test_runs_of_the_store_that_is_tracked_to_now_are_the_ones_that_are_noted(
     noted = []
     for uri in (here, there, here):
         projection = Projection(ledger, uri)
-        projection.close(spent=True)
+        projection.close(finished=True)
         noted.append(noted_runs(ledger))
         assert noted[-1] == projection.runs
     assert noted[0] == noted[2] != noted[1]
@@ -292,14 +294,14 @@ def test_sent_twice_is_there_once(storage: Path) -> None:
     play(ledger)
     uri = tracking_uri(storage, "")
     first = Projection(ledger, uri)
-    first.close(spent=True)
+    first.close(finished=True)
     store = read_store(storage)
     first.sync()
-    first.close(spent=True)
-    Projection(Ledger(sweep), uri).close(spent=True)
+    first.close(finished=True)
+    Projection(Ledger(sweep), uri).close(finished=True)
     assert without_ids(read_store(storage)) == without_ids(store)
     (sweep.folder / "tracker.jsonl").unlink()
-    Projection(Ledger(sweep), uri).close(spent=True)
+    Projection(Ledger(sweep), uri).close(finished=True)
     again = read_store(storage)
     assert without_ids(again) == without_ids(store)
     assert {key: run["run_id"] for key, run in again.items()} == {key: run["run_id"] for key, run in store.items()}
@@ -312,7 +314,7 @@ def test_epoch_by_epoch_and_from_nothing_come_to_the_same(storage: Path, tmp_pat
     ledger = Ledger(sweep)
     projection = Projection(ledger, tracking_uri(storage, ""))
     play(ledger, between=projection.sync)
-    projection.close(spent=True)
+    projection.close(finished=True)
     store = read_store(storage)
     assert len(store) == 8
     assert without_ids(rebuilt(sweep, tmp_path / "again", migrated_store)) == without_ids(store)
@@ -327,7 +329,7 @@ def test_batches_smaller_than_what_there_is(
     play(ledger, 3)
     expected = without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
     monkeypatch.setattr(tracker_module, "BATCH", 4)
-    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    Projection(ledger, tracking_uri(storage, "")).close(finished=True)
     assert without_ids(read_store(storage)) == expected
 
 
@@ -342,7 +344,7 @@ def test_an_interrupted_sweep_waits_and_goes_on(storage: Path, tmp_path: Path, m
     projection.sync()
     statuses = {key: run["status"] for key, run in read_store(storage).items()}
     assert {key for key, status in statuses.items() if status == "RUNNING"} == {"parent", *unfinished}
-    projection.close(spent=False)
+    projection.close(finished=False)
     before = read_store(storage)
     statuses = {key: run["status"] for key, run in before.items()}
     assert {key for key, status in statuses.items() if status == "SCHEDULED"} == {"parent", *unfinished}
@@ -353,7 +355,7 @@ def test_an_interrupted_sweep_waits_and_goes_on(storage: Path, tmp_path: Path, m
     statuses = {key: run["status"] for key, run in read_store(storage).items()}
     assert {key for key, status in statuses.items() if status == "RUNNING"} == {"parent", *unfinished}
     play(ledger, 5)
-    projection.close(spent=True)
+    projection.close(finished=True)
     store = read_store(storage)
     assert {run["status"] for run in store.values()} <= {"FINISHED", "KILLED", "FAILED"}
     assert {key: store[key]["run_id"] for key in before} == {key: run["run_id"] for key, run in before.items()}
@@ -369,14 +371,14 @@ def test_a_retraining_has_a_parent_of_its_own(storage: Path) -> None:
     ledger.report(record, [epoch_record(epoch, 0.5) for epoch in range(1, 10)])
     ledger.complete(record)
     uri = tracking_uri(storage, "")
-    Projection(ledger, uri).close(spent=True)
+    Projection(ledger, uri).close(finished=True)
     (sweep.folder / RETRAIN).mkdir()
     retraining = Ledger(sweep, RETRAIN, create=True)
     retraining.enqueue(record.params, {"source": 0, "seed": 4, "noise_draw": 5})
     again = retraining.ask()
     retraining.report(again, [epoch_record(epoch, 0.75) for epoch in range(1, 10)])
     retraining.complete(again)
-    Projection(retraining, uri).close(spent=True)
+    Projection(retraining, uri).close(finished=True)
     store = read_store(storage)
     assert set(store) == {"parent", "0", "retrain/parent", "retrain/0"}
     assert store["retrain/parent"]["name"] == "first retrain"
@@ -394,7 +396,7 @@ def test_metrics_of_a_trial_that_the_ledger_does_not_have_are_left_out(storage: 
     line = (sweep.folder / "metrics.jsonl").read_bytes()
     with (sweep.folder / "metrics.jsonl").open("ab") as file:
         file.write(line.replace(b'"trial":0', b'"trial":5'))
-    Projection(Ledger(sweep), tracking_uri(storage, "")).close(spent=False)
+    Projection(Ledger(sweep), tracking_uri(storage, "")).close(finished=False)
     assert set(read_store(storage)) == {"parent", "0"}
 
 
@@ -447,14 +449,14 @@ def test_a_store_that_fails_at_random_loses_and_doubles_nothing(
     with monkeypatch.context() as patch:
         flaky = Flaky(patch, seed, rate=0.2)
         num_attempts = 1
-        while not tracker._attempt(lambda projection: projection.close(spent=True)):
+        while not tracker._attempt(lambda projection: projection.close(finished=True)):
             assert tracker.problem.endswith("carried out")
             num_attempts += 1
             assert num_attempts < 500
     assert num_attempts > 3
     assert len(flaky.failed) > 2
     assert flaky.failed[flaky.DOUBLES]
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     store = read_store(storage)
     assert without_ids(store) == expected
@@ -483,7 +485,7 @@ def test_resources_may_change_at_a_resume(storage: Path) -> None:
     Projection(Ledger(sweep), tracking_uri(storage, ""))
     spec = {**sweep.spec.to_dict(), "concurrent": 2, "method": ("alr",)}
     changed = Sweep(sweep.folder, type(sweep.spec)(**spec), sweep.provenance)
-    Projection(Ledger(changed), tracking_uri(storage, "")).close(spent=False)
+    Projection(Ledger(changed), tracking_uri(storage, "")).close(finished=False)
     assert read_store(storage)["parent"]["params"]["concurrent"] == "0"
 
 
@@ -492,7 +494,7 @@ def test_found_runs_are_not_written_again(storage: Path, monkeypatch: pytest.Mon
     sweep = start_sweep(storage)
     ledger = Ledger(sweep)
     play(ledger)
-    Projection(ledger, tracking_uri(storage, "")).close(spent=True)
+    Projection(ledger, tracking_uri(storage, "")).close(finished=True)
     calls = []
     from mlflow.tracking import MlflowClient
 
@@ -523,7 +525,7 @@ def test_runs_that_were_made_without_an_answer_go(storage: Path, seen: str) -> N
     for run in client.search_runs([projection.experiment_id]):
         client.create_run(projection.experiment_id, start_time=run.info.start_time, tags=run.data.tags)
     assert len(client.search_runs([projection.experiment_id])) == 2 * len(before)
-    (projection if seen == "by this one" else Projection(Ledger(ledger.sweep), uri)).close(spent=True)
+    (projection if seen == "by this one" else Projection(Ledger(ledger.sweep), uri)).close(finished=True)
     assert {run["run_id"] for run in read_store(storage).values()} == before
 
 
@@ -533,7 +535,7 @@ def test_runs_of_a_copy_on_the_same_server_stay(storage: Path, tmp_path: Path) -
 
     uri = tracking_uri(storage, "")
     play(Ledger(start_sweep(storage)), trials=4)
-    Projection(Ledger(Sweep.find(storage, "first")), uri).close(spent=True)
+    Projection(Ledger(Sweep.find(storage, "first")), uri).close(finished=True)
     copy = tmp_path / "copy"
     shutil.copytree(storage / "first", copy / "first")
     ledgers = [Ledger(Sweep.find(home, "first")) for home in (storage, copy)]
@@ -544,7 +546,7 @@ def test_runs_of_a_copy_on_the_same_server_stay(storage: Path, tmp_path: Path) -
     runs = {run for projection in projections for run in projection.runs.values()}
     assert len(runs) > len(projections[0].runs), "each has runs of its own for the trials that came later"
     for projection in (*projections, *(Projection(ledger, uri) for ledger in ledgers)):
-        projection.close(spent=True)
+        projection.close(finished=True)
     found = MlflowClient(tracking_uri=uri).search_runs([projections[0].experiment_id])
     assert {run.info.run_id for run in found} == runs | {projections[0].parent}
 
@@ -564,7 +566,7 @@ def test_the_thread_keeps_up_while_a_sweep_runs(
         projected = noted_runs(ledger)
     assert projected, "nothing was sent while the sweep ran"
     assert flaky.failed
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     assert not any(thread.name == "tracker" and thread.is_alive() for thread in threading.enumerate())
     assert without_ids(read_store(storage)) == without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
@@ -582,13 +584,13 @@ def test_a_dead_store_holds_nothing_up_and_is_caught_up_with(
         play(ledger)
         wait_for(lambda: bool(said))
         time.sleep(0.3)
-        tracker.close(spent=True, patience=0.3)
+        tracker.close(finished=True, patience=0.3)
     assert "was not carried out" in tracker.problem
     (line,) = said
     assert "MLflow is behind the ledger" in line
     assert "was not carried out" in line
     tracker = Tracker(Ledger(sweep), tracking_uri(storage, ""))
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     assert without_ids(read_store(storage)) == without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
 
@@ -602,7 +604,7 @@ def test_a_store_that_is_away_for_a_while_is_spoken_of_twice(storage: Path, monk
         wait_for(lambda: bool(said))
     wait_for(lambda: len(said) == 2)
     assert said[1] == "MLflow is up to date again"
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert len(said) == 2
 
 
@@ -625,7 +627,7 @@ def test_a_store_that_keeps_a_call_is_given_up(storage: Path, monkeypatch: pytes
     tracker = Tracker(ledger, tracking_uri(storage, ""))
     wait_for(lambda: bool(callers))
     began = time.monotonic()
-    tracker.close(spent=False, patience=0.5)
+    tracker.close(finished=False, patience=0.5)
     assert 0.4 < time.monotonic() - began < 5
     assert tracker.problem == "no answer for 0.5 s"
     assert callers == ["tracker"]
@@ -651,7 +653,7 @@ def test_a_long_backlog_is_sent_for_as_long_as_it_is_taken(storage: Path, monkey
     monkeypatch.setattr(MlflowClient, "log_batch", slow)
     tracker = Tracker(ledger, tracking_uri(storage, ""))
     began = time.monotonic()
-    tracker.close(spent=True, patience=1.5)
+    tracker.close(finished=True, patience=1.5)
     assert time.monotonic() - began > 1.6
     assert tracker.problem == ""
     assert read_store(storage)["parent"]["status"] == "FINISHED"
@@ -675,7 +677,7 @@ def test_after_a_signal_the_store_gets_what_is_left_of_the_time(storage: Path, m
     tracker = Tracker(ledger, tracking_uri(storage, ""))
     wait_for(lambda: 0 in noted_runs(ledger))
     began = time.monotonic()
-    tracker.close(spent=False, within=4)
+    tracker.close(finished=False, within=4)
     assert 3.5 < time.monotonic() - began < 8
     assert tracker.problem == "it had no time to be brought up to date"
     store = read_store(storage)
@@ -691,7 +693,7 @@ def test_a_server_that_is_not_there_is_reported(storage: Path, monkeypatch: pyte
     tracker = Tracker(ledger, "http://127.0.0.1:9")  # the port of "discard", where nothing listens
     ledger.report(ledger.ask(), [epoch_record(1, 0.5)])
     wait_for(lambda: bool(tracker.problem))
-    tracker.close(spent=False, patience=0.2)
+    tracker.close(finished=False, patience=0.2)
     assert "127.0.0.1" in tracker.problem
     assert "\n" not in tracker.problem
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, steps_once, without_ids
-from tune.report.leaderboard import tracker as tracker_module
+from tune.report import tracker as tracker_module
 from tune.report.tracker import Projection, Tracker, noted_runs
 from tune.report.tracking import tracking_uri
 from tune.search.ledger import Ledger
@@ -84,7 +84,7 @@ def resume(storage: Path) -> list[str]:
     """What a resume does for MLflow, and what it says."""
     said: list[str] = []
     tracker = Tracker(Ledger(Sweep.find(storage, "first")), tracking_uri(storage, ""), said.append)
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     return said
 
@@ -104,7 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, migrated_store: Path) -> 
     shutil.copy(migrated_store, storage / "mlflow.db")
     sweep = start_sweep(storage, trials=4)
     play(Ledger(sweep), 4)
-    Projection(Ledger(sweep), tracking_uri(storage, "")).close(spent=True)
+    Projection(Ledger(sweep), tracking_uri(storage, "")).close(finished=True)
     return Finished(storage, read_store(storage), artifacts(storage))
 
 
@@ -194,7 +194,7 @@ def test_what_is_deleted_while_the_sweep_runs_is_back_after_one_resume(
             tracker._attempt(lambda projection: projection.sync())
 
     play(ledger, 4, between=between)
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     resume(storage)
     check(storage, rebuilt(sweep, tmp_path / "again", migrated_store))
@@ -204,7 +204,7 @@ def test_a_sweep_under_a_deleted_experiments_name_is_tracked(storage: Path, tmp_
     """The experiment is that of an earlier sweep, whose runs stay where the user put them; so do those of anybody else."""
     old = start_sweep(storage, trials=2)
     play(Ledger(old), 2)
-    Projection(Ledger(old), tracking_uri(storage, "")).close(spent=True)
+    Projection(Ledger(old), tracking_uri(storage, "")).close(finished=True)
     client = client_of(storage)
     foreign = client.create_run(experiment_id(storage)).info.run_id
     olds = {run["run_id"] for run in [*read_store_without(storage, foreign).values()]}
@@ -246,7 +246,7 @@ def test_an_older_state_of_the_database_gets_what_it_lacks(
             shutil.copy(storage / "mlflow.db", tmp_path / "backup.db")
 
     play(ledger, 4, between=between)
-    projection.close(spent=True)
+    projection.close(finished=True)
     other = tmp_path / "restored"  # the path is another one: MLflow keeps a file open by its path in this process
     shutil.copytree(storage, other)
     shutil.copy(tmp_path / "backup.db", other / "mlflow.db")

@@ -14,11 +14,11 @@ import search
 from tests.test_tracker import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import sweep as sweep_module
 from tune.checks import clean, launch_tracking
-from tune.report.leaderboard import tracker as tracker_module
+from tune.report import tracker as tracker_module
 from tune.report.tracker import Tracker
 from tune.report.tracking import sqlite_uri, tracking_uri
 from tune.search.ledger import Ledger
-from tune.sweep import Ended
+from tune.sweep import Outcome
 
 SETTINGS = {
     "MLFLOW_EXPERIMENT_NAME": "theirs",
@@ -52,11 +52,11 @@ def test_settings_of_mlflow_lose_and_change_nothing(
             Flaky(patch, seed=3, rate=0.15)
             real = patch_queue(patch)
         tracker = Tracker(Ledger(sweep), tracking_uri(storage, ""))
-        while not tracker._attempt(lambda projection: projection.close(spent=True)):
+        while not tracker._attempt(lambda projection: projection.close(finished=True)):
             pass
         if failing:
             assert not real, "nothing went into MLflow's queue"
-    tracker.close(spent=True)
+    tracker.close(finished=True)
     assert tracker.problem == ""
     assert threading.active_count() <= before, "MLflow logs from no thread of its own"
     store = read_store(storage)
@@ -82,7 +82,7 @@ def test_a_slow_import_is_no_server_that_does_not_answer(storage: Path, monkeypa
     ledger = Ledger(start_sweep(storage, trials=2))
     play(ledger, 2)
     tracker = Tracker(ledger, tracking_uri(storage, ""))
-    tracker.close(spent=True, patience=2)
+    tracker.close(finished=True, patience=2)
     assert tracker.problem == ""
     assert read_store(storage)["parent"]["status"] == "FINISHED"
 
@@ -126,9 +126,9 @@ def test_the_variable_counts_at_launch_and_is_kept(
     """A resume with another one, or with none, goes on where the sweep was launched to be tracked."""
     tracked: list[str] = []
 
-    def execute(sweep: Any, *rest: Any) -> Ended:
+    def execute(sweep: Any, *rest: Any) -> Outcome:
         tracked.append(sweep.spec.tracking)
-        return Ended(0)
+        return Outcome(0)
 
     monkeypatch.setattr(sweep_module, "execute", execute)
     runs, mine = str(tmp_path / "runs"), f"sqlite:///{tmp_path / 'mine.db'}"

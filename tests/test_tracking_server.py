@@ -29,7 +29,7 @@ from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play
 from tune.checks import check_tracking
 from tune.report.tracker import Projection, Tracker
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 
 SECRET = "correct-horse-battery"
@@ -118,9 +118,9 @@ def test_a_sweep_is_projected_with_a_login_from_the_environment(
     name = request.node.callspec.id.replace(" ", "-")
     sweep = make_sweep(tmp_path, name, trials=3)
     ledger = Ledger(sweep)
-    play(Desk(ledger, total=3, concurrent=2))
+    play(Coordinator(ledger, total=3, concurrent=2))
     projection = Projection(ledger, door)
-    projection.close(spent=True)
+    projection.close(finished=True)
     client = MlflowClient(tracking_uri=door)
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
@@ -172,7 +172,7 @@ def test_without_the_login_the_sweep_says_that_mlflow_is_behind(
     ):
         check_tracking(door)  # that is what a launch asks first
     tracker = Tracker(Ledger(make_sweep(tmp_path)), door)
-    tracker.close(spent=True, patience=2)
+    tracker.close(finished=True, patience=2)
     assert "401" in tracker.problem
 
 

@@ -30,7 +30,7 @@ from methods.base import Clock, Step
 from tests.sweeps import in_child
 from training import checkpoint
 from training.checkpoint import UnreadableCheckpoint
-from training.experiment import EpochRecord, Experiment, Recipe, objective_window
+from training.experiment import EpochRecord, Recipe, TrialRun, objective_window
 from training.experiment import tested_epochs as when_tested
 from training.fit import Diverged, accuracy, fit
 from training.locations import Away
@@ -355,7 +355,7 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
-def outcome(experiment: Experiment) -> Any:
+def outcome(experiment: TrialRun) -> Any:
     """All that must not depend on interruptions."""
     history = [
         (record.epoch, record.objective, {k: v for k, v in record.metrics.items() if k not in CLOCK_METRICS})
@@ -369,7 +369,7 @@ def undisturbed() -> dict[str, Any]:
     """What two methods come to in one go: one network with targets, and two networks."""
     found = {}
     for method in ("alr", "co-teaching"):
-        experiment = Experiment(make_recipe(method))
+        experiment = TrialRun(make_recipe(method))
         assert [record.epoch for record in experiment] == [1, 2, 3, 4, 5]
         found[method] = outcome(experiment)
     return found
@@ -378,24 +378,24 @@ def undisturbed() -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["alr", "co-teaching"])
 def test_resumed_is_the_same_bit_for_bit(tmp_path: Path, undisturbed: dict[str, Any], method: str) -> None:
     """Saved after epochs 1 and 3, broken off after 2 and 3; the second process starts from what the first had saved."""
-    first = Experiment(make_recipe(method), tmp_path)
+    first = TrialRun(make_recipe(method), tmp_path)
     first.advance()
     first.save()
     first.advance()
-    second = Experiment(make_recipe(method), tmp_path)
+    second = TrialRun(make_recipe(method), tmp_path)
     assert (second.epochs_done, second.history) == (1, first.history[:1])
     second.advance()
     assert outcome(second)["history"] == outcome(first)["history"]
     second.advance()
     second.save()
-    third = Experiment(make_recipe(method), tmp_path)
+    third = TrialRun(make_recipe(method), tmp_path)
     assert [record.epoch for record in third] == [4, 5]
     assert same(outcome(third), undisturbed[method])
     assert third.history[:3] == second.history
 
 
 def test_what_is_compared_would_show_a_difference(undisturbed: dict[str, Any]) -> None:
-    other = Experiment(make_recipe(seed=6))
+    other = TrialRun(make_recipe(seed=6))
     list(other)
     assert not same(outcome(other), undisturbed["alr"])
     assert any(isinstance(leaf, Tensor) for leaf in flat(undisturbed["alr"]).values())
@@ -403,7 +403,7 @@ def test_what_is_compared_would_show_a_difference(undisturbed: dict[str, Any]) -
 
 
 def test_the_objective_is_the_mean_over_the_window() -> None:
-    experiment = Experiment(make_recipe("ce", epochs=20))
+    experiment = TrialRun(make_recipe("ce", epochs=20))
     list(experiment)
     values = [record.metrics["val/accuracy"] for record in experiment.history]
     assert len(set(values)) > 5
@@ -414,19 +414,19 @@ def test_the_objective_is_the_mean_over_the_window() -> None:
 
 def test_building_one_touches_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there"
-    experiment = Experiment(make_recipe(), folder)
+    experiment = TrialRun(make_recipe(), folder)
     assert not folder.parent.exists()
     experiment.save()
     assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
 
 
 def test_nothing_new_is_not_saved_again(tmp_path: Path) -> None:
-    experiment = Experiment(make_recipe(), tmp_path)
+    experiment = TrialRun(make_recipe(), tmp_path)
     experiment.advance()
     experiment.save()
     before = (tmp_path / "checkpoint.pt").stat()
     experiment.save()
-    Experiment(make_recipe(), tmp_path).save()
+    TrialRun(make_recipe(), tmp_path).save()
     after = (tmp_path / "checkpoint.pt").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
@@ -434,7 +434,7 @@ def test_nothing_new_is_not_saved_again(tmp_path: Path) -> None:
 def starts_over(folder: Path, caplog: pytest.LogCaptureFixture, reason: str) -> None:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        experiment = Experiment(make_recipe(), folder)
+        experiment = TrialRun(make_recipe(), folder)
     assert experiment.epochs_done == 0
     assert len(caplog.messages) == 1
     assert reason in caplog.messages[0]
@@ -444,7 +444,7 @@ def starts_over(folder: Path, caplog: pytest.LogCaptureFixture, reason: str) -> 
 
 def test_a_checkpoint_that_cannot_be_read_costs_its_epochs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "checkpoint.pt"
-    experiment = Experiment(make_recipe(), tmp_path)
+    experiment = TrialRun(make_recipe(), tmp_path)
     experiment.advance()
     experiment.save()
     whole = path.read_bytes()
@@ -463,7 +463,7 @@ def test_a_checkpoint_that_cannot_be_read_costs_its_epochs(tmp_path: Path, caplo
 def test_a_checkpoint_of_another_configuration_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
 ) -> None:
-    experiment = Experiment(make_recipe(**change), tmp_path)
+    experiment = TrialRun(make_recipe(**change), tmp_path)
     experiment.advance()
     experiment.save()
     starts_over(tmp_path, caplog, "belongs to another configuration")
@@ -575,18 +575,18 @@ class Disturbed:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EISDIR])
 def test_a_storage_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """A trial that took it for damage would start over, and then write over what it could not read."""
-    experiment = Experiment(make_recipe(), tmp_path)
+    experiment = TrialRun(make_recipe(), tmp_path)
     experiment.advance()
     experiment.save()
     path = tmp_path / "checkpoint.pt"
     saved = path.read_bytes()
     disturbed = Disturbed(monkeypatch, checkpoint.ATTEMPTS, OSError(number, os.strerror(number)))
     with pytest.raises(Away, match=f"^checkpoint {path} cannot be read: {os.strerror(number)}$"):
-        Experiment(make_recipe(), tmp_path)
+        TrialRun(make_recipe(), tmp_path)
     assert disturbed.times == 0
     assert path.read_bytes() == saved
     disturbed.times = checkpoint.ATTEMPTS - 1
-    assert Experiment(make_recipe(), tmp_path).epochs_done == 1
+    assert TrialRun(make_recipe(), tmp_path).epochs_done == 1
 
 
 def test_a_first_save_that_cannot_be_read_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

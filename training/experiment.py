@@ -114,7 +114,7 @@ def tested_epochs(epochs: int, rungs: Collection[int]) -> set[int]:
     return {max(1, round(tenth * epochs / 10)) for tenth in range(1, 11)} | set(rungs)
 
 
-class Experiment:
+class TrialRun:
     """A trial that can be advanced and saved. ``epochs_done`` and ``history`` say how far it is.
 
     With a ``folder`` it starts from the checkpoint there, if one is readable and of the same recipe, and :meth:`save` writes

@@ -43,7 +43,7 @@ except RuntimeError as error:  # the compiler's own are
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
-class NoAnswer(ValueError):
+class TrackingUnavailable(ValueError):
     """What is tracked to does not answer; it may do so later."""
 
 
@@ -145,15 +145,17 @@ def clean(uri: str, origin: str = FLAG) -> str:
 
 
 def check_tracking(uri: str, origin: str = FLAG) -> None:
-    """ValueError where ``uri``, which ``origin`` gave, is not a tracking URI, NoAnswer where what it names does not answer
-    within seconds."""
+    """ValueError where ``uri``, which ``origin`` gave, is not a tracking URI; TrackingUnavailable where what it names does not
+    answer within seconds."""
     kind = kind_of(uri)
     if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             if not has_answered(error):
-                raise NoAnswer(f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}") from error
+                raise TrackingUnavailable(
+                    f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}"
+                ) from error
         _check_login(uri)
     elif path := sqlite_path(uri):
         if not os.access(path.parent, os.W_OK):
@@ -183,7 +185,7 @@ def _check_login(uri: str) -> None:
     except MlflowException as error:
         said = str(error).strip().splitlines()[0][:200]
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", said):
-            raise NoAnswer(f"tracking server {uri} cannot be used: {said}") from error
+            raise TrackingUnavailable(f"tracking server {uri} cannot be used: {said}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
         raise ValueError(f"tracking server {uri} cannot be used: {said}; {login}") from error
 
@@ -196,5 +198,5 @@ def _check_database(uri: str, timeout: str) -> None:
         create_engine(uri, connect_args={timeout: PATIENCE}).connect().close()
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        kind = NoAnswer if isinstance(error, (OperationalError, OSError)) else ValueError
+        kind = TrackingUnavailable if isinstance(error, (OperationalError, OSError)) else ValueError
         raise kind(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error

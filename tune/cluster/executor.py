@@ -1,4 +1,4 @@
-"""Ray Tune as the executor: started or joined, run until the desk is done, and thrown away."""
+"""Ray Tune as the executor: started or joined, run until the coordinator is done, and thrown away."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from data.processors import num_processors
 from tune.cluster.environment import choose_folder, choose_token
 from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.spec import SweepSpec
 from tune.store.stored_sweep import Sweep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 STARTS = 3  # attempts to start a Ray of our own
 PACKAGES = ("hparams.py", "data", "losses", "models", "methods", "training", "tune")
 
@@ -39,7 +39,7 @@ class NotStarted(Exception):
 def places() -> dict[str, str]:
     """Where the user wants data sets and tables to lie, for processes that have a working directory of their own.
 
-    What the user has not said is not passed on: another node may have another user, and so another home.
+    What the user has not said is not passed on: another node may have another user, and so another store.
     """
     named = {name: os.environ.get(name) for name in ("NOISY_LABEL_CACHE", "NOISY_LABEL_DATA")}
     return {name: str(Path(folder).absolute()) for name, folder in named.items() if folder}
@@ -54,8 +54,8 @@ def _prepare() -> None:
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # a trial that lost its process gets one line of ours, which says why
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says how to go on
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(10**9)  # Tune's own snapshots are not used
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the desk's to say
-    os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"  # else Tune runs such a trial again beside the desk
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(10**9)  # read once; how many there are is the coordinator's to say
+    os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"  # else Tune runs such a trial again beside the coordinator
     os.environ.setdefault(
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
     )  # under ``uv run`` it ships the working directory, and imports it
@@ -65,8 +65,8 @@ def _prepare() -> None:
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # at the end it calls every lost process a trial
 
 
-def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[str], None]) -> None:
-    """Starts or joins Ray, runs Tune until the desk is done, and ends what it started. ValueError where that cannot be."""
+def run(coordinator: Coordinator, spec: SweepSpec, interruption: Interruption, say: Callable[[str], None]) -> None:
+    """Starts or joins Ray, runs Tune until the coordinator is done, and ends what it started. ValueError where it cannot."""
     _prepare()
     address = address_of(spec)
     if not address:  # Ray's servers then listen on the loopback address; the name is from where Ray does so by itself
@@ -78,22 +78,22 @@ def run(desk: Desk, spec: SweepSpec, interruption: Interruption, say: Callable[[
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             connect(address)
             interruption.listen()  # Ray's core puts a handler before ours that makes the alarm at the end of the grace abort
-            interruption.gone = silent() if address else ended()
+            interruption.why_ray_died = silent() if address else ended()
             if address:
-                with Nodes(desk.ledger.sweep, spec) as nodes:
+                with Nodes(coordinator.ledger.sweep, spec) as nodes:
                     held = nodes.check()
                     said = address if spec.address else f"{address} (RAY_ADDRESS)"
                     say(f"joined the Ray cluster {said}; it holds {held} trials at a time")
-                    desk.concurrent = spec.concurrent or held
-                    _tune(desk, spec, lambda: nodes.follow(desk, say))
+                    coordinator.concurrent = spec.concurrent or held
+                    _tune(coordinator, spec, lambda: nodes.follow(coordinator, say))
             else:
                 held = capacity(spec)
-                desk.concurrent = min(spec.concurrent or held, held)
-                _tune(desk, spec)
+                coordinator.concurrent = min(spec.concurrent or held, held)
+                _tune(coordinator, spec)
     except NotStarted as error:
-        desk.problem = str(error)
+        coordinator.problem = str(error)
     finally:
-        interruption.gone = lambda: ""
+        interruption.why_ray_died = lambda: ""
         shut_down()
         interruption.listen()
 
@@ -253,7 +253,7 @@ def own_folder(sweep: Sweep) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix))
 
 
-def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
+def _tune(coordinator: Coordinator, spec: SweepSpec, look: Callable[[], None] = lambda: None) -> None:
     from ray import tune
     from ray.tune.execution import class_cache
     from ray.tune.progress_reporter import TrialProgressCallback
@@ -266,13 +266,13 @@ def _tune(desk: Desk, spec: SweepSpec, look: Callable[[], None] = lambda: None) 
     passed_on -= {name for name in passed_on if name.startswith("AWS_")}
     progress = TrialProgressCallback()
     vars(progress)["_print"] = lambda line: None
-    scratch = own_folder(desk.ledger.sweep)
+    scratch = own_folder(coordinator.ledger.sweep)
     try:
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, {"cpu": spec.cpus_per_trial, "gpu": spec.gpus_per_trial}),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearcher(desk, look),
-                scheduler=LedgerScheduler(desk),
+                search_alg=LedgerSearcher(coordinator, look),
+                scheduler=LedgerScheduler(coordinator),
                 num_samples=-1,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: trial.trial_id,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from tune.search.coordinator import Desk
-from tune.store.base import Flag, Unreachable
+from tune.search.coordinator import Coordinator
+from tune.store.base import Flag, StorageUnavailable
 
 GRACE_SECONDS = 7.5  # that epochs in progress get to end after Ctrl-C; Ray then takes a second or two to end
 STUCK_SECONDS = 9.4  # after which Ray is not waited for any more
@@ -30,22 +30,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """SIGINT, SIGTERM, SIGHUP and ``stop NAME``: no new trial; epochs in progress get some seconds, then it is broken off.
+    """What stops a running sweep: SIGINT, SIGTERM, SIGHUP, ``stop NAME``, and the death of Ray.
 
-    The same where Ray has died, as ``gone`` says. ``farewell`` is called, from another thread, where the main one stays in a
-    call of Ray's all the same, in which Python's handlers do not run either: it has nobody to wait for. It ends the process.
+    No new trial begins then. Epochs in progress get some seconds to end; after that Ray's loop is broken off. ``why_ray_died``
+    says whether Ray has died. A call into Ray may still not come back, and Python's signal handlers do not run meanwhile: then
+    another thread calls ``on_stuck``, which must end the process.
     """
 
-    def __init__(self, desk: Desk, request: Flag, farewell: Callable[[], None] = lambda: None) -> None:
-        self.desk = desk
+    def __init__(self, coordinator: Coordinator, request: Flag, on_stuck: Callable[[], None] = lambda: None) -> None:
+        self.coordinator = coordinator
         self.request = request
-        self.farewell = farewell
-        self.gone: Callable[[], str] = lambda: ""  # why Ray is no more; empty while it is there
+        self.on_stuck = on_stuck
+        self.why_ray_died: Callable[[], str] = lambda: ""  # why Ray is no more; empty while it is there
         self.signal = 0
         self.since = 0.0  # when the signal came
         self.limit = math.inf  # on the monotonic clock, for the main thread to come out of Ray
         self._handled = False
-        self._settled = False
+        self._timer_stopped = False
         self._over = threading.Event()
 
     def __enter__(self) -> Interruption:
@@ -60,18 +61,18 @@ class Interruption:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        self.settle()
+        self.stop_timer()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_pipe)
         os.close(self._arrived)
-        with contextlib.suppress(Unreachable):
+        with contextlib.suppress(StorageUnavailable):
             self.request.unlink(missing_ok=True)
 
     def _note(self, number: int) -> None:
         if not self.signal:
             self.since, self.signal = time.monotonic(), number
-        self.desk.halted.set()
+        self.coordinator.halted.set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._handled:
@@ -89,9 +90,9 @@ class Interruption:
             handlers[signal.SIGHUP] = self._handle
         return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
-    def settle(self) -> None:
+    def stop_timer(self) -> None:
         """The trials have stopped: what is left to do is not broken off, but by a second signal."""
-        self._settled = True
+        self._timer_stopped = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def left(self) -> float:
@@ -109,32 +110,32 @@ class Interruption:
             for number in STOPS.intersection(came):
                 self._note(number)
                 self.limit = min(self.limit, self.since + STUCK_SECONDS)
-            if time.monotonic() > self.limit and not self._settled:
-                self.farewell()
+            if time.monotonic() > self.limit and not self._timer_stopped:
+                self.on_stuck()
                 return
             if self.limit < math.inf:
                 continue
-            gone = self.gone
-            if (reason := gone()) and self.gone is gone:  # it is taken away before we end Ray ourselves
+            ask = self.why_ray_died
+            if (reason := ask()) and self.why_ray_died is ask:  # it is taken away before we end Ray ourselves
                 self.limit = time.monotonic() + STUCK_SECONDS
-                self.desk.halt(reason)
+                self.coordinator.halt(reason)
         os.close(arrivals)
 
     def _look(self) -> None:
         """Looks for a stop request, in a thread of its own, because what holds it may keep us waiting."""
         while not self._over.wait(LOOK_SECONDS) and not self._stopping():
-            if self._asked() and not self._stopping() and not self._over.is_set():
+            if self._is_requested() and not self._stopping() and not self._over.is_set():
                 _thread.interrupt_main(signal.SIGTERM)  # which arrives as any other
                 return
 
     def _stopping(self) -> bool:
         return bool(self.signal) or self.limit < math.inf
 
-    def _asked(self) -> bool:
+    def _is_requested(self) -> bool:
         try:
             return self.request.exists()
-        except Unreachable as error:
-            self.desk.halt(str(error))
+        except StorageUnavailable as error:
+            self.coordinator.halt(str(error))
         except OSError:  # a file system that stumbles; the next look may see more
             pass
         return False

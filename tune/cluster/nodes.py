@@ -15,7 +15,7 @@ from typing import Any
 from data.cache import same_table
 from data.dataset import DataSpec
 from training.locations import check_writable, location
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 from tune.spec import SweepSpec
 from tune.store.base import PROBE
 from tune.store.stored_sweep import Sweep
@@ -97,9 +97,9 @@ class Nodes:
         self.sweep = sweep
         self.spec = spec
         self.able: set[str] = set()
-        self.asked: dict[str, Any] = {}
+        self.questions: dict[str, Any] = {}
         self.refusals: Counter[str] = Counter()
-        self.held = 0
+        self.capacity = 0
         self.probed = False
         self.looked = self.seen_room = time.monotonic()
         self.said = False
@@ -117,27 +117,27 @@ class Nodes:
                     f"{error}; if the cluster brings nodes on demand, say how many trials: --concurrent N"
                 ) from error
         self._look(patience=None)
-        while self.asked:
+        while self.questions:
             time.sleep(LOOK_SECONDS)  # one did not answer: it is dying, and soon gone, or asked again
             self._look(patience=None)
-        return self.held
+        return self.capacity
 
-    def follow(self, desk: Desk, say: Callable[[str], None]) -> None:
+    def follow(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
         """Sets how many trials run at a time, now and then; stops the sweep where one cannot run on a new node."""
         now = time.monotonic()
         if now - self.looked < LOOK_SECONDS:
             return
-        self.looked, before = now, self.held
+        self.looked, before = now, self.capacity
         try:
             self._look(patience=0)
         except ValueError as error:
-            desk.halt(str(error))
+            coordinator.halt(str(error))
             return
-        desk.concurrent = self.spec.concurrent or self.held
-        if self.held:
+        coordinator.concurrent = self.spec.concurrent or self.capacity
+        if self.capacity:
             self.seen_room, self.said = now, False
-            if self.held != before:
-                say(f"the cluster holds {self.held} trials at a time (before: {before})")
+            if self.capacity != before:
+                say(f"the cluster holds {self.capacity} trials at a time (before: {before})")
         elif now - self.seen_room >= SILENT_SECONDS and not self.said:
             say("no node of the cluster holds a trial; waiting for one")
             self.said = True
@@ -148,15 +148,15 @@ class Nodes:
 
         living = living_nodes()
         rooms = {key: num for key, node in living.items() if (num := room(node["Resources"], self.spec))}
-        self.asked = {key: answer for key, answer in self.asked.items() if key in rooms}
-        for key in rooms.keys() - self.able - self.asked.keys():
-            self.asked[key] = self._ask(key)
-        answers = list(self.asked.values())
+        self.questions = {key: answer for key, answer in self.questions.items() if key in rooms}
+        for key in rooms.keys() - self.able - self.questions.keys():
+            self.questions[key] = self._ask(key)
+        answers = list(self.questions.values())
         if answers:
             ray.wait(answers, num_returns=len(answers), timeout=patience)
-            for key in [key for key, answer in self.asked.items() if ray.wait([answer], timeout=0)[0]]:
+            for key in [key for key, answer in self.questions.items() if ray.wait([answer], timeout=0)[0]]:
                 self._hear(key, living[key])
-        self.held = sum(num for key, num in rooms.items() if key in self.able)
+        self.capacity = sum(num for key, num in rooms.items() if key in self.able)
 
     def _ask(self, key: str) -> Any:
         import ray
@@ -189,14 +189,14 @@ class Nodes:
         import ray
 
         try:
-            trouble = ray.get(self.asked[key])
+            trouble = ray.get(self.questions[key])
         except ray.exceptions.RayError as error:
             self.refusals[key] += 1
             if self.refusals[key] < MAX_REFUSALS:
-                self.asked[key] = self._ask(key)
+                self.questions[key] = self._ask(key)
                 return
             trouble = f"cannot run a trial: {str(error).strip().splitlines()[-1]}"
-        del self.asked[key]
+        del self.questions[key]
         if trouble:
             raise ValueError(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) {trouble}")
         self.able.add(key)

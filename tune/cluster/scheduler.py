@@ -1,4 +1,4 @@
-"""Ray Tune's scheduler door to the desk."""
+"""Ray Tune's scheduler door to the coordinator."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from training.experiment import EpochRecord
-from tune.search.coordinator import Desk
+from tune.search.coordinator import Coordinator
 
 
 class LedgerScheduler(FIFOScheduler):
-    """Sees every result, the last one too: the desk writes it into the ledger and decides.
+    """Sees every result, the last one too: the coordinator writes it into the ledger and decides.
 
     What it decides is told to the study through the searcher, which Tune calls next; that a process was lost, it tells itself.
     """
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, coordinator: Coordinator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.desk = desk
+        self.coordinator = coordinator
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its scheduler into its folder; nothing of ours belongs there
@@ -30,15 +30,15 @@ class LedgerScheduler(FIFOScheduler):
         starting for them: given to the oldest instead, each trial that ends would break off the start of an actor, and where
         trials end faster than actors start, a node that is new would never be used."""
         waiting = {trial.trial_id: trial for trial in tune_controller.get_live_trials() if trial.status == TuneTrial.PENDING}
-        if self.desk.halted.is_set():
+        if self.coordinator.halted.is_set():
             for trial in waiting.values():  # a place for it may never come, and Tune would wait
                 trial.init_local_path()  # Tune's summary at the end asks for it, also where it is new
                 tune_controller.stop_trial(trial)
             return None
-        return next((waiting[key] for key in reversed(self.desk.live) if key in waiting), None)
+        return next((waiting[key] for key in reversed(self.coordinator.live) if key in waiting), None)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        keep = self.desk.result(
+        keep = self.coordinator.result(
             trial.trial_id,
             [EpochRecord(**epoch) for epoch in result["epochs"]],
             failure=result["failure"],
@@ -50,7 +50,7 @@ class LedgerScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Its process is gone. The searcher, whom Tune tells next, is not told why."""
         error = Path(trial.error_file).read_text() if trial.error_file else ""
-        self.desk.lost(trial.trial_id, why(error))
+        self.coordinator.lost(trial.trial_id, why(error))
 
 
 def why(error: str) -> str:

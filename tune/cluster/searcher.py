@@ -1,4 +1,4 @@
-"""Ray Tune's searcher door to the desk."""
+"""Ray Tune's searcher door to the coordinator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from tune.search.coordinator import FINISHED, Desk
+from tune.search.coordinator import FINISHED, Coordinator
 
 
 class LedgerSearcher(Searcher):
@@ -18,9 +18,9 @@ class LedgerSearcher(Searcher):
     before each proposal, many times a second.
     """
 
-    def __init__(self, desk: Desk, look: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, coordinator: Coordinator, look: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.desk = desk
+        self.coordinator = coordinator
         self.look = look
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,15 +31,15 @@ class LedgerSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         self.look()
-        proposal = self.desk.next(trial_id)
+        proposal = self.coordinator.next(trial_id)
         if proposal is None:
             return None
         if proposal == FINISHED:
             return Searcher.FINISHED
-        return {"trial": json.dumps(self.desk.config(proposal))}
+        return {"trial": json.dumps(self.coordinator.config(proposal))}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self.desk.ended(trial_id)  # of one that lost its process the desk has heard from the scheduler
+        self.coordinator.released(trial_id)  # of one that lost its process the coordinator has heard from the scheduler
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is the state."""

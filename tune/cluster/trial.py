@@ -1,4 +1,4 @@
-"""A trial as Ray Tune runs it: a thin shell around an Experiment, in an actor that serves one trial after another."""
+"""A trial as Ray Tune runs it: a thin shell around an TrialRun, in an actor that serves one trial after another."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class TrialActor(Trainable):
     def _build(self) -> Any:
         import torch
 
-        from training.experiment import Experiment, Recipe
+        from training.experiment import Recipe, TrialRun
 
         torch.set_num_threads(max(1, int(self.trial["cpus"])))
         if 0 < self.trial["gpus"] < 1:
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(memory_fraction(self.trial["gpus"], total))
         device = "cuda" if self.trial["gpus"] else "cpu"  # Ray does not hide a GPU from a trial that asked for none
-        return Experiment(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
+        return TrialRun(Recipe(**self.trial["recipe"]), location(self.trial["folder"]), self.trial["rungs"], device)
 
     def _free_memory(self) -> None:
         """Gives back what a failed trial held, so that the next one does not fail for it. After some errors, an illegal access

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tune.report.leaderboard import leaderboard, rows
+from tune.report import leaderboard
+from tune.report.leaderboard import rows
 from tune.search.ledger import Ledger, Record
 
 REFRESH = 0.5
@@ -54,7 +55,7 @@ class Display:
             if record.epochs:
                 self.line(f"trial {record.number} {record.method} goes on from epoch {record.epochs}")
         elif kind == "lost":
-            why = f" ({record.loss.splitlines()[-1]})" if record.loss else ""
+            why = f" ({record.lost_because.splitlines()[-1]})" if record.lost_because else ""
             self.line(f"trial {record.number} lost its process after epoch {record.epochs}{why}; it will be run again")
         else:
             self.line(self._ended(record))
@@ -64,8 +65,8 @@ class Display:
         best = self.ledger.best()
         lead = f"best {100 * best.value:.2f} (trial {best.number})" if best and best.value is not None else "none complete"
         num_done = self.ledger.count(TrialState.COMPLETE, TrialState.PRUNED)
-        text = f"trial {record.number} {record.method} {record.word} after {record.epochs} epochs, {value}"
-        if record.word == "failed":
+        text = f"trial {record.number} {record.method} {record.status} after {record.epochs} epochs, {value}"
+        if record.status == "failed":
             text += f": {record.attrs['summary']['error'].strip().splitlines()[-1]}"
         limits = "".join(f"{budget}, " for budget in self.ledger.budgets()[1:] if budget.limit)
         return f"{text} | {num_done}/{self.total} trials, {limits}{lead}, {time.monotonic() - self.began:.0f} s"

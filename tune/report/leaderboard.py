@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
-from tune.search.budget import HOUR, Spent, short_number
+from tune.search.budget import HOUR, Usage, short_number
 from tune.search.ledger import SWEEP, Ledger, Record
 from tune.search.recipes import of_trial
 from tune.search.rungs import Rungs
-from tune.store.base import Home
+from tune.store.base import SweepStore
 from tune.store.stored_sweep import Sweep
 
 
@@ -30,7 +30,7 @@ def _row(record: Record, run_id: str | None) -> dict[str, Any]:
     return {
         "trial": record.number,
         "method": record.method,
-        "state": record.word,
+        "state": record.status,
         "value": record.value,
         "epochs": record.epochs,
         "seconds": round(record.seconds, 3),
@@ -97,21 +97,21 @@ def text_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
     return "\n".join([aligned(list(header)), "  ".join("-" * width for width in widths), *map(aligned, lines)])
 
 
-def saved(record: Record, full: int) -> Spent:
+def saved(record: Record, full: int) -> Usage:
     """What a trial that ASHA stopped would still have taken to ``full`` epochs, at its own seconds per epoch."""
-    if record.word != "stopped":
-        return Spent()
+    if record.status != "stopped":
+        return Usage()
     missing = full - record.epochs
     share = missing / record.epochs
-    return Spent(missing, 0.0, share * record.seconds, share * record.gpu_seconds)
+    return Usage(missing, 0.0, share * record.seconds, share * record.gpu_seconds)
 
 
 def cost_metrics(records: Iterable[Record], full: int) -> Iterator[dict[str, float]]:
     """For MLflow, after each finished trial in the order of their ends: what all trials had spent when its last epoch was
     recorded, or an earlier one's if that came later, and what had been saved. What is 0 is left out."""
-    spent = less = Spent()
+    spent = less = Usage()
     for record in records:
-        spent, less = max(spent, record.spent), less.plus(saved(record, full))
+        spent, less = max(spent, record.usage), less.plus(saved(record, full))
         values: dict[str, float] = {"spent/hours": spent.seconds / HOUR}
         for group, cost in (("spent", spent), ("saved", less)):
             values[f"{group}/epochs"] = cost.epochs
@@ -122,7 +122,7 @@ def cost_metrics(records: Iterable[Record], full: int) -> Iterator[dict[str, flo
 
 def cost_text(ledger: Ledger) -> str:
     """One line: what a sweep has spent, of its budgets where they are limited, and what stopping early has saved."""
-    spent, less = ledger.account.spent, Spent()
+    spent, less = ledger.account.usage, Usage()
     for record in list(ledger.records.values()):
         less = less.plus(saved(record, ledger.sweep.spec.epochs))
     budgets = [str(budget) for budget in ledger.budgets() if budget.name != "gpu_hours" or budget.limit or spent.gpu_seconds]
@@ -245,12 +245,12 @@ def retrain_text(ledger: Ledger) -> str:
     return f"{text_table(header, lines)}\n{measure}: {meaning} %, mean over the seeds; +-: its standard error"
 
 
-def sweep_lines(home: Home) -> list[str]:
+def sweep_lines(store: SweepStore) -> list[str]:
     """One line per sweep."""
     lines = []
-    for name in home.names():
+    for name in store.names():
         try:
-            sweep = Sweep.find(home, name)
+            sweep = Sweep.find(store, name)
             ledger = Ledger(sweep, read_only=True)
         except ValueError:
             lines.append([name, "damaged", "", "", "", f"see: best {name}"])
@@ -261,5 +261,5 @@ def sweep_lines(home: Home) -> list[str]:
         methods = ",".join(sweep.spec.method)
         lines.append([name, methods, sweep.spec.data, sweep.spec.noise, f"{num_done}/{sweep.spec.trials}", value])
     if not lines:
-        return [f"no sweeps in {home.place}"]
+        return [f"no sweeps in {store.place}"]
     return text_table(("sweep", "methods", "data", "noise", "trials", "best val"), lines).splitlines()

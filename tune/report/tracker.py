@@ -255,7 +255,7 @@ class Projection:
                 self._terminate(record)
         for number in live:
             self._set_status(self.runs[number], "RUNNING")
-        self._update_parent(sorted(ended, key=lambda record: record.ended))
+        self._update_parent(sorted(ended, key=lambda record: record.ended_at))
 
     def _create(self, record: Record) -> None:
         tags = self._tags("trial") | {"trial": str(record.number), "method": record.method, PARENT: self.parent}
@@ -317,11 +317,11 @@ class Projection:
 
         run_id = self.runs[record.number]
         summary = record.summary
-        tags = {"state": record.word, "epochs": summary["epochs"]}
+        tags = {"state": record.status, "epochs": summary["epochs"]}
         if "error" in summary:
             tags["error"] = summary["error"][-TAG_LIMIT:]
         self._log(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-        self.client.set_terminated(run_id, STATUS[record.state], end_time=int(record.ended * 1000))
+        self.client.set_terminated(run_id, STATUS[record.state], end_time=int(record.ended_at * 1000))
         self.status[run_id] = STATUS[record.state]
 
     def _set_status(self, run_id: str, status: str) -> None:
@@ -340,7 +340,7 @@ class Projection:
             self.num_finished = num_held(self.latest.get(self.parent, {}), curve)
         new = enumerate(zip(ended, curve, strict=True), 1)
         metrics = [
-            Metric(name, value, int(record.ended * 1000), step)
+            Metric(name, value, int(record.ended_at * 1000), step)
             for step, (record, values) in new
             if step > self.num_finished
             for name, value in values.items()
@@ -370,13 +370,13 @@ class Projection:
             self._set_tag(self.parent, "best_run_id", self.runs[best.number])
             self._set_tag(self.parent, "best_params", json.dumps({"method": best.method, **best.values}))
 
-    def close(self, *, spent: bool) -> None:
-        """The last word: artifacts on the parent, and no run left RUNNING. ``spent``: the budget is used up; otherwise the
+    def close(self, *, finished: bool) -> None:
+        """The last word: artifacts on the parent, and no run left RUNNING. ``finished``: the budget is used up; otherwise the
         sweep and its unfinished trials wait (SCHEDULED) for a resume."""
         self.sync()
         for record in self.ledger.unfinished():
             self._set_status(self.runs[record.number], "SCHEDULED")
-        if spent:
+        if finished:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
@@ -454,7 +454,7 @@ class Tracker:
         self._projection: Projection | None = None
         self._asked_at = math.inf  # when the call was made that has not come back yet
         self._stop = threading.Event()
-        self._spent = False
+        self._finished = False
         self._patience = 0.0  # seconds for which a last word that is refused is tried again
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
@@ -463,7 +463,7 @@ class Tracker:
         while not self._stop.wait(PAUSE):
             self._attempt(lambda projection: projection.sync())
         deadline = None
-        while not self._attempt(lambda projection: projection.close(spent=self._spent)):
+        while not self._attempt(lambda projection: projection.close(finished=self._finished)):
             deadline = deadline or time.monotonic() + self._patience
             if time.monotonic() >= deadline:
                 return
@@ -493,12 +493,12 @@ class Tracker:
         finally:
             self._asked_at = math.inf
 
-    def close(self, *, spent: bool, patience: float = 30.0, within: float = math.inf) -> None:
+    def close(self, *, finished: bool, patience: float = 30.0, within: float = math.inf) -> None:
         """Sends the rest, for as long as the store answers; ``problem`` says what stood in the way, if anything did. It gives
         up when calls have failed for ``patience`` seconds, or one has not come back for as long, or ``within`` are over. What
         takes its time on this side, such as importing MLflow from a slow disk, counts for the last of these only."""
         began = time.monotonic()
-        self._spent, self._patience = spent, min(patience, within)
+        self._finished, self._patience = finished, min(patience, within)
         self._stop.set()
         while self._thread.is_alive():
             self._thread.join(0.05)

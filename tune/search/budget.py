@@ -28,7 +28,7 @@ class Covered:
         self._starts[first:last], self._ends[first:last] = array("d", [start]), array("d", [end])
 
 
-class Spent(NamedTuple):
+class Usage(NamedTuple):
     """What the epochs of all trials took that were recorded up to some moment."""
 
     epochs: int = 0
@@ -36,8 +36,8 @@ class Spent(NamedTuple):
     trial_seconds: float = 0.0  # of training, summed over trials
     gpu_seconds: float = 0.0  # the same, each times the GPUs that its trial held
 
-    def plus(self, other: Spent) -> Spent:
-        return Spent(
+    def plus(self, other: Usage) -> Usage:
+        return Usage(
             self.epochs + other.epochs,
             self.seconds + other.seconds,
             self.trial_seconds + other.trial_seconds,
@@ -49,32 +49,32 @@ class Account:
     """Adds up epochs in the order of their recording."""
 
     def __init__(self) -> None:
-        self.spent = Spent()
+        self.usage = Usage()
         self._covered = Covered()
 
-    def add(self, epoch: EpochRecord) -> Spent:
+    def add(self, epoch: EpochRecord) -> Usage:
         """Notes an epoch and returns what was spent up to it."""
         seconds = epoch.metrics["seconds"]
         self._covered.add(epoch.time - seconds, epoch.time)
-        self.spent = Spent(
-            self.spent.epochs + 1,
+        self.usage = Usage(
+            self.usage.epochs + 1,
             self._covered.length,
-            self.spent.trial_seconds + seconds,
-            self.spent.gpu_seconds + epoch.metrics.get("gpu_seconds", 0.0),
+            self.usage.trial_seconds + seconds,
+            self.usage.gpu_seconds + epoch.metrics.get("gpu_seconds", 0.0),
         )
-        return self.spent
+        return self.usage
 
 
 class Budget(NamedTuple):
     """One limit, by the name of its field in the spec, or that of the space. The first to be spent ends the sweep."""
 
     name: str
-    spent: float
+    used: float
     limit: float  # 0: none
 
     @property
     def over(self) -> bool:
-        return 0 < self.limit <= self.spent
+        return 0 < self.limit <= self.used
 
     @property
     def flag(self) -> str:
@@ -82,7 +82,7 @@ class Budget(NamedTuple):
 
     def __str__(self) -> str:
         limit = f" of {self.limit:g}" if self.limit else ""
-        return f"{short_number(self.spent)}{limit} {self.name.replace('gpu_', 'GPU-')}"
+        return f"{short_number(self.used)}{limit} {self.name.replace('gpu_', 'GPU-')}"
 
 
 def short_number(value: float) -> str:

@@ -37,7 +37,7 @@ class Verdict:
     error: str = ""
 
 
-class Desk:
+class Coordinator:
     """Hands out trials until a budget is spent and ends them. ``concurrent`` trials at a time, ``total`` that count."""
 
     def __init__(
@@ -63,9 +63,9 @@ class Desk:
         self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
         self._drop_stray_checkpoints()
         for record in ledger.unfinished():
-            self._settle(record)
+            self._take_up(record)
 
-    def _settle(self, record: Record) -> None:
+    def _take_up(self, record: Record) -> None:
         """A trial that lost its process: finished if its last epoch decides it, else first in line."""
         if record.epochs and (verdict := self._judge(record, record.epochs)):
             self._end(record, verdict)
@@ -82,7 +82,7 @@ class Desk:
             return None
         if self.waiting:
             record = self.waiting.popleft()
-        elif not self._spent():
+        elif not self._is_budget_used():
             try:
                 record = self.ledger.ask()
             except OSError as error:
@@ -95,10 +95,10 @@ class Desk:
         self.on_event("started", record)
         return record
 
-    def _spent(self) -> bool:
+    def _is_budget_used(self) -> bool:
         """Whether no new trial begins. While trials run, the clock counts since the last result: their epochs in progress are
         not recorded yet. When none does, the ledger alone decides, as it will when a resume asks."""
-        clock = self.ledger.account.spent.seconds + time.monotonic() - self.heard if self.live else 0.0
+        clock = self.ledger.account.usage.seconds + time.monotonic() - self.heard if self.live else 0.0
         return any(budget.over for budget in self.ledger.budgets(self.total, len(self.live), clock))
 
     def config(self, record: Record) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Desk:
             return Verdict(TrialState.COMPLETE)
         return Verdict(TrialState.PRUNED) if self.rungs.stops(record, epoch) else None
 
-    def ended(self, executor_id: str) -> None:
+    def released(self, executor_id: str) -> None:
         """The executor has let go of a trial. Without a verdict it was interrupted, and stays as it is."""
         record = self.live.pop(executor_id, None)
         verdict = self.verdicts.pop(record.number, None) if record else None
@@ -159,7 +159,7 @@ class Desk:
         record = self.live.pop(executor_id, None)
         if record is None:
             return
-        record.loss = last_words(self.ledger.checkpoints / str(record.number)) or reason
+        record.lost_because = last_words(self.ledger.checkpoints / str(record.number)) or reason
         try:
             if self.ledger.lost(record):
                 self.waiting.appendleft(record)

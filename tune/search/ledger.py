@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from data.seeds import derive
 from hparams import Value
 from training.experiment import EpochRecord
-from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget, Spent
+from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget, Usage
 from tune.search.sampler import Distinct, GroupedTPE
 from tune.search.space import Space
 from tune.spec import MAX_LOST
@@ -52,10 +52,10 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)  # the latest of each name
     seconds: float = 0.0
     gpu_seconds: float = 0.0
-    spent: Spent = field(default_factory=Spent)  # by all trials, up to its last epoch's recording
+    usage: Usage = field(default_factory=Usage)  # by all trials, up to its last epoch's recording
     started: float = 0.0
-    ended: float = 0.0
-    loss: str = ""  # why it lost its last process, as far as this driver was told
+    ended_at: float = 0.0
+    lost_because: str = ""  # why it lost its last process, as far as this driver was told
 
     @property
     def value(self) -> float | None:
@@ -72,7 +72,7 @@ class Record:
         return held
 
     @property
-    def word(self) -> str:
+    def status(self) -> str:
         """``complete``, ``stopped`` (by ASHA), ``diverged``, ``failed`` or ``running``."""
         if self.summary.get("diverged"):
             return "diverged"
@@ -174,7 +174,7 @@ class Ledger:
             dict(trial.intermediate_values),
             epochs=max(trial.intermediate_values, default=0),
             started=started.timestamp(),
-            ended=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
+            ended_at=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
         )
         if self.space.size is not None and values and (number := self.space.number(method, values)) is not None:
             self.taken.add(number)
@@ -215,8 +215,8 @@ class Ledger:
         trials = Budget("trials", self.num_counted() + live, self.total if total is None else total)
         if self.kind != SWEEP:
             return [trials]
-        spec, spent = self.sweep.spec, self.account.spent
-        hours, gpu_hours = max(spent.seconds, clock) / HOUR, spent.gpu_seconds / HOUR
+        spec, usage = self.sweep.spec, self.account.usage
+        hours, gpu_hours = max(usage.seconds, clock) / HOUR, usage.gpu_seconds / HOUR
         found = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
         if self.space.size is not None and self.space.size < trials.limit + self.count(
             TrialState.FAIL
@@ -225,7 +225,7 @@ class Ledger:
         return found
 
     @property
-    def spent(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether nothing is left to run."""
         return any(budget.over for budget in self.budgets()) and not self.unfinished()
 
@@ -258,8 +258,8 @@ class Ledger:
             record.epochs = max(record.epochs, epoch.epoch)
 
     def _note(self, record: Record, epoch: EpochRecord) -> None:
-        record.spent = self.account.add(epoch)
-        record.arrived[epoch.epoch] = record.spent.epochs
+        record.usage = self.account.add(epoch)
+        record.arrived[epoch.epoch] = record.usage.epochs
         record.metrics.update(epoch.metrics)
         record.seconds += epoch.metrics["seconds"]
         record.gpu_seconds += epoch.metrics.get("gpu_seconds", 0.0)
@@ -291,7 +291,7 @@ class Ledger:
         with self.lock:
             self.states[record.state] -= 1
             self.states[state] += 1
-            record.state, record.ended = state, ended.timestamp()
+            record.state, record.ended_at = state, ended.timestamp()
             bisect.insort(self._ranked, record, key=_rank)
 
     def lost(self, record: Record) -> bool:
@@ -302,7 +302,7 @@ class Ledger:
         self._set_attr(record, "lost", [count, record.epochs])
         if count < MAX_LOST:
             return True
-        details, _, why = record.loss.rpartition("\n")
+        details, _, why = record.lost_because.rpartition("\n")
         error = f"lost its process {count} times in a row; the last epoch reported was {record.epochs}"
         self.fail(record, "\n".join(filter(None, [details, f"{error}; the last time {why}" if why else error])))
         return False

@@ -11,9 +11,9 @@ from hparams import Value
 from tune.search.ledger import Ledger, Record
 from tune.search.space import Space
 from tune.spec import SweepSpec
-from tune.store.base import NAME, RECORD, Home
-from tune.store.folder import FolderHome
-from tune.store.locate import as_home
+from tune.store.base import NAME, RECORD, SweepStore
+from tune.store.folder import FolderStore
+from tune.store.locate import as_store
 from tune.store.stored_sweep import Sweep
 
 TAKEN = 5  # complete trials of the earlier sweep that are looked at
@@ -27,10 +27,10 @@ class WarmStart(NamedTuple):
     provenance: dict[str, Any]
 
 
-def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space, num_classes: int = 10) -> WarmStart:
+def warm_start(old: str, store: Path | SweepStore, spec: SweepSpec, space: Space, num_classes: int = 10) -> WarmStart:
     """What a sweep of ``spec`` on that many classes takes over from ``old``, a sweep in the same storage or the path of one's
     folder. ValueError where there is none, or it has no complete trial."""
-    sweep = _find(old, as_home(home))
+    sweep = _find(old, as_store(store))
     ledger = Ledger(sweep, read_only=True)
     best = [record for record in ledger.leaderboard() if record.state is TrialState.COMPLETE][:TAKEN]
     if not best:
@@ -52,14 +52,14 @@ def warm_start(old: str, home: Path | Home, spec: SweepSpec, space: Space, num_c
     return WarmStart(list(taken.values()), lines, {"from": origin})
 
 
-def _find(old: str, home: Home) -> Sweep:
-    if NAME.fullmatch(old) and old in home.names():
-        return Sweep.find(home, old)
+def _find(old: str, store: SweepStore) -> Sweep:
+    if NAME.fullmatch(old) and old in store.names():
+        return Sweep.find(store, old)
     folder = Path(old).resolve()
     if (folder / RECORD).is_file():
-        return Sweep.find(FolderHome(folder.parent), folder.name)
-    known = ", ".join(home.names()) or "none"
-    raise ValueError(f"--from: {old!r} is no sweep in {home.place} and no folder of one; there are: {known}")
+        return Sweep.find(FolderStore(folder.parent), folder.name)
+    known = ", ".join(store.names()) or "none"
+    raise ValueError(f"--from: {old!r} is no sweep in {store.place} and no folder of one; there are: {known}")
 
 
 def _translated(record: Record, old: Space, new: Space, spec: SweepSpec, num_classes: int) -> tuple[dict[str, Value], str]:

@@ -27,7 +27,7 @@ PROBE = ".probe"  # in the sweep's folder, while a cluster's nodes are asked whe
 STALE_SECONDS = 60  # longer than a folder that is being made goes without its lock
 
 
-class Unreachable(OSError):
+class StorageUnavailable(OSError):
     """What holds the files is gone, and was waited for in vain; or another process has taken the sweep meanwhile."""
 
 
@@ -44,7 +44,7 @@ class Flag(Protocol):
 class SweepFiles(ABC):
     """The files of one sweep. Writing raises OSError where what holds them does not take it."""
 
-    home: Home
+    store: SweepStore
     stop_request: Flag
 
     @abstractmethod
@@ -76,7 +76,7 @@ class SweepFiles(ABC):
         """Whether a process holds the sweep."""
 
     @abstractmethod
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """From now on what holds the files is not waited for where it is gone."""
 
     def command(self) -> str:
@@ -84,13 +84,16 @@ class SweepFiles(ABC):
         return "".join((self.read(LOCK) or "").splitlines()[1:2])
 
 
-class Home(ABC):
-    """Where sweeps live. ``place`` is its name for people, ``flags`` are those of a command line that finds it, ``asked`` is
-    what ``--storage`` said where a sweep's record says it, too."""
+class SweepStore(ABC):
+    """Where sweeps are kept.
+
+    ``place`` is its name for people. ``flags`` are the flags of a command line that finds it. ``requested`` is what
+    ``--storage`` said, where a sweep's own record says it as well.
+    """
 
     place: str
     flags: list[str]
-    asked: Location | None = None
+    requested: Location | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -119,7 +122,7 @@ class Home(ABC):
         """Whether the name is taken."""
 
     @abstractmethod
-    def making(self, name: str) -> AbstractContextManager[tuple[Location, SweepFiles]]:
+    def create(self, name: str) -> AbstractContextManager[tuple[Location, SweepFiles]]:
         """Makes a sweep: it is there when the block ends well, and otherwise there is nothing. ValueError where it exists."""
 
     def taken(self, name: str) -> ValueError:
@@ -131,5 +134,5 @@ def holder(command: str) -> str:
     return f"process {os.getpid()} on {socket.gethostname()}\n{command}\n"
 
 
-def held(name: str, note: str) -> ValueError:
+def already_running(name: str, note: str) -> ValueError:
     return ValueError(f"sweep {name!r} is being run by {note.partition(chr(10))[0].strip() or 'another process'}")

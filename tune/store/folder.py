@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from data.folders import write_whole
 from training.locations import Location
-from tune.store.base import LOCK, NAME, RECORD, STALE_SECONDS, STOP_REQUEST, Home, SweepFiles, held, holder
+from tune.store.base import LOCK, NAME, RECORD, STALE_SECONDS, STOP_REQUEST, SweepFiles, SweepStore, already_running, holder
 from tune.store.journal import LineFile
 
 
@@ -22,7 +22,7 @@ class FolderFiles(SweepFiles):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.home = FolderHome(folder.parent)
+        self.store = FolderStore(folder.parent)
         self.stop_request = folder / STOP_REQUEST
 
     def place(self, name: str) -> str:
@@ -54,7 +54,7 @@ class FolderFiles(SweepFiles):
                 raise ValueError(f"the file system of {self.folder.parent} locks no files ({error}); {how}") from error
             if not taken:
                 file.seek(0)
-                raise held(self.folder.name, file.read())
+                raise already_running(self.folder.name, file.read())
             file.truncate(0)
             file.write(holder(command))
             file.flush()
@@ -67,7 +67,7 @@ class FolderFiles(SweepFiles):
             return not _locked(file, fcntl.LOCK_SH)
         return False  # where no file is locked no process could hold the sweep
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """A disk is not waited for."""
 
 
@@ -90,7 +90,7 @@ def _locked(file: IO[Any], how: int, patience: float = 0.0) -> bool:
             return True
 
 
-class FolderHome(Home):
+class FolderStore(SweepStore):
     """A folder with a folder for each sweep."""
 
     def __init__(self, storage: Path) -> None:
@@ -116,7 +116,7 @@ class FolderHome(Home):
         return (self._storage / name).exists()
 
     @contextlib.contextmanager
-    def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
+    def create(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
         """In a temporary folder, which is held like a sweep, and renamed."""
         self._drop_leftovers(name)
         made = self._storage / f".{name}.{secrets.token_hex(4)}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from training.locations import Remote, location
-from tune.store.base import Home
-from tune.store.folder import FolderHome
+from tune.store.base import SweepStore
+from tune.store.folder import FolderStore
 
 
-def open_home(storage: str | None, ledger: str) -> Home:
+def open_store(storage: str | None, ledger: str) -> SweepStore:
     """Where sweeps live, by ``--storage`` and ``--ledger``. ValueError where that is nowhere."""
     if storage is not None and not storage.strip():
         raise ValueError(f"--storage: {storage!r} is not allowed; name a folder, or leave it out for ./runs")
@@ -18,13 +18,13 @@ def open_home(storage: str | None, ledger: str) -> Home:
     except ValueError as error:
         raise ValueError(f"--storage: {error}") from error
     if ledger:
-        from tune.store.postgres import DatabaseHome  # psycopg takes a while to import
+        from tune.store.postgres import PostgresStore  # psycopg takes a while to import
 
-        return DatabaseHome(ledger, place)
+        return PostgresStore(ledger, place)
     if isinstance(place, Remote):
         raise ValueError(f"--storage: {storage!r} holds checkpoints only; give a database for the rest with --ledger URL")
-    return FolderHome(place or Path("runs").resolve())
+    return FolderStore(place or Path("runs").resolve())
 
 
-def as_home(place: Path | Home) -> Home:
-    return place if isinstance(place, Home) else FolderHome(place)
+def as_store(place: Path | SweepStore) -> SweepStore:
+    return place if isinstance(place, SweepStore) else FolderStore(place)

@@ -25,7 +25,7 @@ import psycopg
 from psycopg import conninfo, errors
 
 from training.locations import AT, Credentials, Location, location, names, remove
-from tune.store.base import LOCK, RECORD, STOP_REQUEST, Home, SweepFiles, Unreachable, held, holder
+from tune.store.base import LOCK, RECORD, STOP_REQUEST, StorageUnavailable, SweepFiles, SweepStore, already_running, holder
 from tune.store.connection import Connection
 from tune.store.journal import DamagedFile
 
@@ -97,10 +97,10 @@ class Database:
         self._away_since: float | None = None
 
     def run(self, work: Callable[[psycopg.Connection[Any], bool], T]) -> T:
-        """What ``work`` does with the connection; it is told whether this is a further attempt. Unreachable where the database
-        is away for too long, or the lock was lost to another driver; OSError where the database refuses it."""
+        """What ``work`` does with the connection; it is told whether this is a further attempt. StorageUnavailable
+        where the database is away for too long, or the lock was lost to another driver; OSError where it refuses."""
         again = False
-        self._check_hurry()
+        self._check_stop_waiting()
         with self._guard:
             while True:
                 began = time.monotonic()
@@ -150,7 +150,7 @@ class Database:
         if self._process != os.getpid():  # a forked process: neither connection nor locks are its own
             self._connection, self._process, self.locks = None, os.getpid(), {}
         if self._connection is None:
-            self._check_hurry()
+            self._check_stop_waiting()
             self._connection = Connection.connect(self._conninfo, autocommit=True)
             self._connection.hurried = self._hurried
             self._connection.execute(SESSION)
@@ -163,18 +163,18 @@ class Database:
         taken = connection.execute("select 1 where pg_try_advisory_lock(%s)", [key]).fetchall()
         row = connection.execute(TEXT, [sweep, LOCK]).fetchone()
         if row and row[0] != note:
-            raise Unreachable(f"the connection was lost, and since then {held(sweep, row[0])}")
+            raise StorageUnavailable(f"the connection was lost, and since then {already_running(sweep, row[0])}")
         if not taken:  # the server has yet to notice that our last connection is gone
             raise psycopg.OperationalError("the broken connection still holds the sweep")
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """From now on what breaks is not made anew: a driver that ends has no time for it. To be called from any thread."""
         self._hurried.set()
 
-    def _check_hurry(self) -> None:
+    def _check_stop_waiting(self) -> None:
         """Asked without the guard, too, which a thread may hold that has just begun to connect."""
         if self._hurried.is_set() and self._connection is None:
-            raise Unreachable(f"database {self.url}: the connection is lost, and a driver that ends makes no other")
+            raise StorageUnavailable(f"database {self.url}: the connection is lost, and a driver that ends makes no other")
 
     def _wait(self, error: psycopg.Error, began: float) -> None:
         """Until the next attempt. ``began``: when the one that failed did; a server that says nothing has been away since, but
@@ -183,7 +183,7 @@ class Database:
         self._away_since = self._away_since or max(began, now - RETRY_SECONDS / 2)
         over = not self._reached or now - self._away_since + PAUSE > RETRY_SECONDS
         if over or self._hurried.wait(PAUSE):
-            raise Unreachable(self._reason(error)) from error
+            raise StorageUnavailable(self._reason(error)) from error
 
     def _reason(self, error: psycopg.Error) -> str:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -236,7 +236,7 @@ def lock_key(sweep: str) -> int:
 class DatabaseLines:
     """An append-only file of records."""
 
-    def __init__(self, files: DatabaseFiles, name: str) -> None:
+    def __init__(self, files: PostgresFiles, name: str) -> None:
         self.files = files
         self.name = name
         self.offset = 0
@@ -275,7 +275,7 @@ class DatabaseLines:
 class DatabaseText:
     """A text as a flag that is there or not."""
 
-    def __init__(self, files: DatabaseFiles, name: str) -> None:
+    def __init__(self, files: PostgresFiles, name: str) -> None:
         self.files = files
         self.name = name
 
@@ -289,17 +289,17 @@ class DatabaseText:
         self.files.database.execute("delete from noisy_label_texts where sweep = %s and name = %s", self.files.sweep, self.name)
 
 
-class DatabaseFiles(SweepFiles):
+class PostgresFiles(SweepFiles):
     """The files of a sweep in two tables."""
 
-    def __init__(self, home: DatabaseHome, sweep: str) -> None:
-        self.home = home
+    def __init__(self, store: PostgresStore, sweep: str) -> None:
+        self.store = store
         self.sweep = sweep
-        self.database = home.database
+        self.database = store.database
         self.stop_request = DatabaseText(self, STOP_REQUEST)
 
     def place(self, name: str) -> str:
-        return f"{name} of sweep {self.sweep!r} in {self.home.place}"
+        return f"{name} of sweep {self.sweep!r} in {self.store.place}"
 
     def lines(self, name: str, *, fsync: bool = True) -> DatabaseLines:
         return DatabaseLines(self, name)
@@ -317,7 +317,7 @@ class DatabaseFiles(SweepFiles):
     @contextlib.contextmanager
     def lock(self, command: str) -> Iterator[None]:
         if not self.database.take(self.sweep, f"{holder(command)}{uuid.uuid4()}\n"):
-            raise held(self.sweep, self.read(LOCK) or "")
+            raise already_running(self.sweep, self.read(LOCK) or "")
         try:
             yield
         finally:
@@ -326,22 +326,22 @@ class DatabaseFiles(SweepFiles):
     def running(self) -> bool:
         return bool(self.database.select(HELD, lock_key(self.sweep)))
 
-    def hurry(self) -> None:
-        self.database.hurry()
+    def stop_waiting(self) -> None:
+        self.database.stop_waiting()
 
 
-class DatabaseHome(Home):
+class PostgresStore(SweepStore):
     """A database with the sweeps' files; their checkpoints are in a storage beside it, which each sweep notes."""
 
     def __init__(self, url: str, storage: Location | None) -> None:
         self.database = Database(url)
         self.place = url
         self.flags = ["--ledger", url, *(["--storage", str(storage)] if storage else [])]
-        self.asked = storage
+        self.requested = storage
 
     @property
     def storage(self) -> Location:
-        return self.asked or Path("runs").resolve()
+        return self.requested or Path("runs").resolve()
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -355,14 +355,14 @@ class DatabaseHome(Home):
         rows = self.database.select("select sweep from noisy_label_texts where name = %s", RECORD)
         return sorted(str(row[0]) for row in rows)
 
-    def files(self, name: str) -> DatabaseFiles:
-        return DatabaseFiles(self, name)
+    def files(self, name: str) -> PostgresFiles:
+        return PostgresFiles(self, name)
 
     def exists(self, name: str) -> bool:
         return self.files(name).read(RECORD) is not None
 
     @contextlib.contextmanager
-    def making(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
+    def create(self, name: str) -> Iterator[tuple[Location, SweepFiles]]:
         """The sweep is there once its record is, which must come last."""
         self.database.make_tables()
         files, folder = self.files(name), self.storage / name

@@ -12,9 +12,9 @@ import yaml
 
 from training.locations import Location
 from tune.spec import BEFORE, SweepSpec, make_spec, read_field
-from tune.store.base import NAME, RECORD, Home, SweepFiles
-from tune.store.folder import FolderFiles, FolderHome
-from tune.store.locate import as_home
+from tune.store.base import NAME, RECORD, SweepFiles, SweepStore
+from tune.store.folder import FolderFiles, FolderStore
+from tune.store.locate import as_store
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sweep:
     folder: Location
     spec: SweepSpec
     provenance: Mapping[str, Any]
-    kept: SweepFiles | None = field(default=None, compare=False)  # None: in the folder
+    stored_files: SweepFiles | None = field(default=None, compare=False)  # None: in the folder
 
     @property
     def name(self) -> str:
@@ -36,8 +36,8 @@ class Sweep:
 
     @property
     def files(self) -> SweepFiles:
-        if self.kept:
-            return self.kept
+        if self.stored_files:
+            return self.stored_files
         assert isinstance(self.folder, Path), "an object store holds checkpoints only"
         return FolderFiles(self.folder)
 
@@ -47,21 +47,21 @@ class Sweep:
         self.files.write(RECORD, text)
 
     @classmethod
-    def find(cls, home: Path | Home, name: str) -> Sweep:
+    def find(cls, store: Path | SweepStore, name: str) -> Sweep:
         """The sweep of that name. ValueError where there is none, or its record is damaged."""
-        return cls._open(as_home(home), check_name(name))
+        return cls._open(as_store(store), check_name(name))
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        return cls._open(FolderHome(folder.parent), folder.name)
+        return cls._open(FolderStore(folder.parent), folder.name)
 
     @classmethod
-    def _open(cls, home: Home, name: str) -> Sweep:
-        files = home.files(name)
+    def _open(cls, store: SweepStore, name: str) -> Sweep:
+        files = store.files(name)
         try:
             text = files.read(RECORD)
             if text is None:
-                raise ValueError(f"no sweep {name!r} in {home.place}; there are: {', '.join(home.names()) or 'none'}")
+                raise ValueError(f"no sweep {name!r} in {store.place}; there are: {', '.join(store.names()) or 'none'}")
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
             read = {name: read_field(name, value, stored=True) for name, value in fields}
@@ -69,14 +69,14 @@ class Sweep:
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
                 raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
-            return cls(home.folder(name, provenance), spec, provenance, files)
+            return cls(store.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
-def check_place(sweep: Sweep, home: Path | Home) -> None:
+def check_place(sweep: Sweep, store: Path | SweepStore) -> None:
     """ValueError where ``--storage`` names another place than that of the sweep's checkpoints."""
-    asked = as_home(home).asked
+    asked = as_store(store).requested
     if asked not in (None, sweep.storage):
         raise ValueError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
 
