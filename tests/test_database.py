@@ -27,10 +27,10 @@ from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import Nodes
 from tune.report.leaderboard import rows, sweep_lines
 from tune.report.tracker import Projection, noted_runs
-from tune.search import warm_start
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.space import Space
+from tune.search.warm_start import warm_start
 from tune.spec import make_spec
 from tune.store import postgres as database_module
 from tune.store.base import LOCK, PROBE, StorageUnavailable

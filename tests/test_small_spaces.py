@@ -16,11 +16,11 @@ from hparams import Hyperparameter, Interval, Range
 from tests.sweeps import epoch_record, make_sweep, play, stored_trials
 from tune.report.announcement import describe
 from tune.report.closing import closing_words
-from tune.search import warm_start
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.search.sampler import Distinct, GroupedTPE
 from tune.search.space import Space
+from tune.search.warm_start import warm_start
 from tune.spec import make_spec, read_yaml
 from tune.store.stored_sweep import Sweep
 

@@ -13,11 +13,10 @@ from hparams import Value, declared
 from methods import find_method
 from tests.sweeps import bytes_below, epoch_record, make_sweep
 from tune import sweep as verbs
-from tune.search import warm_start
 from tune.search.ledger import Ledger
 from tune.search.recipes import from_flags
 from tune.search.space import Space
-from tune.search.warm_start import TAKEN, WarmStart
+from tune.search.warm_start import TAKEN, WarmStart, warm_start
 from tune.spec import make_spec
 from tune.store.stored_sweep import Sweep
 

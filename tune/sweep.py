@@ -42,12 +42,11 @@ from tune.report.display import Display
 from tune.report.leaderboard import best_config_text
 from tune.report.tracker import Tracker
 from tune.report.tracking import VARIABLE, tracking_uri
-from tune.search import warm_start
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record
 from tune.search.recipes import dataset as dataset_of
 from tune.search.space import Space
-from tune.search.warm_start import WarmStart
+from tune.search.warm_start import WarmStart, warm_start
 from tune.spec import SweepSpec, check_trusted, make_spec
 from tune.store.base import DAMAGED, LOCK, NOISE, RECORD, SweepStore, already_running
 from tune.store.locate import as_store
