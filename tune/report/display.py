@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tune.report import leaderboard
-from tune.report.leaderboard import rows
+from tune.report.leaderboard import leaderboard, rows
 from tune.search.ledger import Ledger, Record
 
 REFRESH = 0.5
