@@ -107,7 +107,7 @@ class Hyperparameter:
     legal: Interval | None
     choices: tuple[Value, ...]
     search: Range | None
-    many_classes: Value | None  # the default from MANY_CLASSES classes on, where it is another one
+    many_classes: Value | None = None  # the default from MANY_CLASSES classes on, where it is another one
 
     def default_for(self, num_classes: int) -> Value:
         """The default for that many classes."""
