@@ -326,8 +326,12 @@ def test_frames_beyond_the_first_are_counted(tmp_path: Path) -> None:
 def test_a_jpeg_without_its_last_bytes_is_read_as_viewers_show_it(progressive: bool, tmp_path: Path) -> None:
     whole = save(tmp_path / "whole.jpg", colours(256, 256), quality=95, progressive=progressive)
     content = whole.read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[:-2])
-    assert (pixels(tmp_path / "cut.jpg", size=256) == pixels(whole, size=256)).all()  # the end alone is missing
+    for number in (1, 2):
+        (tmp_path / "cut.jpg").write_bytes(content[:-number])
+        assert (pixels(tmp_path / "cut.jpg", size=256) == pixels(whole, size=256)).all()  # the end alone is missing
+    stuffed = content.rindex(b"\xff\x00") + 1
+    (tmp_path / "cut.jpg").write_bytes(content[:stuffed])  # between two bytes that are one of the pixels'
+    assert decode(str(tmp_path / "cut.jpg"), Decoding(3, 256)).flags == Flag.CUT_SHORT
     (tmp_path / "cut.jpg").write_bytes(content[:-40])
     picture = decode(str(tmp_path / "cut.jpg"), Decoding(3, 256))
     assert picture.flags == Flag.CUT_SHORT
