@@ -18,8 +18,8 @@ NAMED = 5  # classes that a line names
 
 
 def remarks(table: Table) -> list[str]:
-    """Sizes, orientation, transparency, depth, what is left out and the reader's notes, of a table whose images come from files;
-    else nothing but warnings about levels."""
+    """Sizes, orientation, transparency, depth, what is left out and what the reader notes, of a table whose images come from
+    files; else nothing but warnings about levels."""
     return [*_files(table), *table.notes, *_levels(table)]
 
 

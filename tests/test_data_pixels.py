@@ -349,6 +349,7 @@ def test_a_jpeg_without_its_last_bytes_is_read_as_viewers_show_it(progressive: b
         ("x.png", lambda whole: whole[: len(whole) // 2], "truncated"),
         ("x.bmp", lambda whole: whole[:-9], "truncated"),
         ("x.webp", lambda whole: whole[:-9], "could not create decoder"),
+        ("x.avif", lambda whole: whole.replace(b"av01", b"xxxx", 1), "Failed to decode image|no image"),
         ("x.png", lambda whole: b"", NO_IMAGE),
         ("x.png", lambda whole: b"<html>404</html>", NO_IMAGE),
         ("x.png", lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", NO_IMAGE),

@@ -190,7 +190,7 @@ def test_the_header_says_what_separates_cells(sign: str, pictures: Path) -> None
 
 
 def notes(data: str) -> list[str]:
-    """What is said of a data set: the same whether it is decoded or found in the cache, where a change of it alone counts, too."""
+    """What is said of a data set: the same whether it is decoded or found in the cache, and new where it alone has changed."""
     lines = [list(open_table(find_source(data), fresh=True).notes) for _ in range(2)]
     assert lines[0] == lines[1] == list(open_table(find_source(data)).notes)
     assert set(lines[0]) <= set(remarks(open_table(find_source(data))))

@@ -30,7 +30,10 @@ EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # file
 TURNED = range(2, 9)  # EXIF's orientations other than upright
 MOST_MISSING = 0.1  # of a JPEG's pixels, up to which it is read as viewers show it
 SURVEYED = 1000  # heads that are read to find a data set's size
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
+DAMAGE = (  # what PIL raises, with what its plug-ins let through (AVIF's decoder, BLP, GIF)
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+    *(RuntimeError, LookupError, TypeError, ArithmeticError),
+)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large, it is an error
 warnings.filterwarnings(
     "ignore", category=UserWarning, module=r"PIL\."
