@@ -313,6 +313,16 @@ def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
     assert "EPS" not in formats()  # Pillow runs Ghostscript for it
 
 
+def test_a_camera_s_file_of_two_jpegs_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "a" / "x.mpo", colours(seed=1), save_all=True, append_images=[colours(seed=2)])
+    save(tmp_path / "b" / "x.png", colours())
+    with Image.open(path) as image:
+        assert image.format == "MPO"
+        expected = np.asarray(image.convert("RGB"))
+    assert (pixels(path) == expected).all()
+    assert find_source(f"folder:{tmp_path}").build().shape[0] == 2
+
+
 def test_frames_beyond_the_first_are_counted(tmp_path: Path) -> None:
     for name in ("x.gif", "x.tif", "x.webp"):
         path = save(tmp_path / name, colours(seed=1), save_all=True, append_images=[colours(seed=2)])

@@ -134,8 +134,8 @@ def read_manifest(path: Path, options: Options) -> Listing:
 def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
     unlabelled = [row for row in rows if row.label in NO_LABEL]
     if unlabelled:
-        others = len(unlabelled) - 1
-        more = f", and so in {others} more row{'s' if others > 1 else ''}" if others else ""
+        rest = len(unlabelled) - 1
+        more = f", and so in {rest} more row{'s' if rest > 1 else ''}" if rest else ""
         raise ValueError(
             f"{_at(path, unlabelled[0].line)}: {unlabelled[0].label!r} is not a label{more}; leave out images without one (a"
             f" class that is really called so can be given as a folder: folder:PATH)"

@@ -91,7 +91,7 @@ def formats() -> tuple[str, ...]:
 @functools.cache
 def suffixes() -> frozenset[str]:
     """The endings, in lower case, of files of these formats."""
-    known = set(formats())
+    known = {*formats(), "MPO"}  # which the plug-in for JPEG opens
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
