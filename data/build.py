@@ -125,6 +125,7 @@ class _Build:
             "rule": raw.rule,
             "reading": dict(raw.reading),
             "left_out": dict(raw.left_out),
+            "notes": list(raw.notes),
             "damage": self.damage,
             "sha256": self.counter.digest.hexdigest(),
             **self.counter.statistics(),

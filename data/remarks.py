@@ -18,9 +18,9 @@ NAMED = 5  # classes that a line names
 
 
 def remarks(table: Table) -> list[str]:
-    """Sizes, orientation, transparency, depth and what is left out, of a table whose images come from files; else nothing but
-    warnings about levels."""
-    return [*_files(table), *_levels(table)]
+    """Sizes, orientation, transparency, depth, what is left out and what the reader notes, of a table whose images come from
+    files; else nothing but warnings about levels."""
+    return [*_files(table), *table.notes, *_levels(table)]
 
 
 def _files(table: Table) -> Iterator[str]:

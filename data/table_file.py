@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.noise import label_bytes
 
-MAGIC = b"NLSTAB04"
+MAGIC = b"NLSTAB05"
 FAMILY = MAGIC[:6]
 TRAILER = 8 + 32 + len(MAGIC)
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python 3.11 lacks the name
@@ -48,6 +48,7 @@ class Table:
     rule: str
     reading: Mapping[str, Any]
     left_out: Mapping[str, int]
+    notes: tuple[str, ...]
     damage: Mapping[int, str]  # row: why its image cannot be read
     levels: tuple[int, ...]  # how many of the 256 levels each channel has
     class_levels: Tensor  # int64 [K, C, 2]: lowest and highest level of each class; 255 and 0 where it has no image
@@ -97,6 +98,7 @@ def read_table(path: Path, stamp: str | None = None, *, verify: bool = False) ->
         footer["rule"],
         footer["reading"],
         footer["left_out"],
+        tuple(footer["notes"]),
         {int(row): reason for row, reason in footer["damage"].items()},
         tuple(footer["levels"]),
         torch.tensor(footer["class_levels"]),

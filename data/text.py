@@ -84,12 +84,12 @@ def _folded(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).split())
 
 
-def look_alike_note(names: Iterable[str]) -> str:
-    """A sentence that names them, in escapes where they look the same; empty where there are none."""
+def look_alike_notes(names: Iterable[str]) -> tuple[str, ...]:
+    """A line that names them, in escapes where they look the same; none where there are none."""
     pairs = [" and ".join(map(_shown, group)) for group in look_alikes(names)]
     if not pairs:
-        return ""
-    return f"classes that differ only in case, white space or Unicode form are kept apart: {some(pairs)}"
+        return ()
+    return (f"warning: classes that differ only in case, white space or Unicode form are kept apart: {some(pairs)}",)
 
 
 def _shown(name: str) -> str:

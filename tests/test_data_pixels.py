@@ -313,6 +313,16 @@ def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
     assert "EPS" not in formats()  # Pillow runs Ghostscript for it
 
 
+def test_a_camera_s_file_of_two_jpegs_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "a" / "x.mpo", colours(seed=1), save_all=True, append_images=[colours(seed=2)])
+    save(tmp_path / "b" / "x.png", colours())
+    with Image.open(path) as image:
+        assert image.format == "MPO"
+        expected = np.asarray(image.convert("RGB"))
+    assert (pixels(path) == expected).all()
+    assert find_source(f"folder:{tmp_path}").build().shape[0] == 2
+
+
 def test_frames_beyond_the_first_are_counted(tmp_path: Path) -> None:
     for name in ("x.gif", "x.tif", "x.webp"):
         path = save(tmp_path / name, colours(seed=1), save_all=True, append_images=[colours(seed=2)])
@@ -326,8 +336,12 @@ def test_frames_beyond_the_first_are_counted(tmp_path: Path) -> None:
 def test_a_jpeg_without_its_last_bytes_is_read_as_viewers_show_it(progressive: bool, tmp_path: Path) -> None:
     whole = save(tmp_path / "whole.jpg", colours(256, 256), quality=95, progressive=progressive)
     content = whole.read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[:-2])
-    assert (pixels(tmp_path / "cut.jpg", size=256) == pixels(whole, size=256)).all()  # the end alone is missing
+    for number in (1, 2):
+        (tmp_path / "cut.jpg").write_bytes(content[:-number])
+        assert (pixels(tmp_path / "cut.jpg", size=256) == pixels(whole, size=256)).all()  # the end alone is missing
+    stuffed = content.rindex(b"\xff\x00") + 1
+    (tmp_path / "cut.jpg").write_bytes(content[:stuffed])  # between two bytes that are one of the pixels'
+    assert decode(str(tmp_path / "cut.jpg"), Decoding(3, 256)).flags == Flag.CUT_SHORT
     (tmp_path / "cut.jpg").write_bytes(content[:-40])
     picture = decode(str(tmp_path / "cut.jpg"), Decoding(3, 256))
     assert picture.flags == Flag.CUT_SHORT
@@ -345,6 +359,7 @@ def test_a_jpeg_without_its_last_bytes_is_read_as_viewers_show_it(progressive: b
         ("x.png", lambda whole: whole[: len(whole) // 2], "truncated"),
         ("x.bmp", lambda whole: whole[:-9], "truncated"),
         ("x.webp", lambda whole: whole[:-9], "could not create decoder"),
+        ("x.avif", lambda whole: whole.replace(b"av01", b"xxxx", 1), "Failed to decode image|no image"),
         ("x.png", lambda whole: b"", NO_IMAGE),
         ("x.png", lambda whole: b"<html>404</html>", NO_IMAGE),
         ("x.png", lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", NO_IMAGE),

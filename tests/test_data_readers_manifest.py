@@ -6,7 +6,6 @@ import bz2
 import codecs
 import gzip
 import io
-import logging
 import lzma
 import re
 import unicodedata
@@ -19,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.cache import open_table
 from data.readers.manifest import NO_LABEL
+from data.remarks import remarks
 from data.sources import TEST, TRAIN, VALIDATION, Options, find_source
 from data.text import look_alikes
 from tests.test_data_readers_own import decoded, refused, save, write
@@ -188,24 +189,20 @@ def test_the_header_says_what_separates_cells(sign: str, pictures: Path) -> None
     assert source.build().classes == ("b", "x,y;z")
 
 
-def notes(data: str, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What is said of a data set, once however often it is read."""
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        source = find_source(data)
-        source.stamp()
-        source.build()
-        source.stamp()
-    said = [record.getMessage() for record in caplog.records]
-    assert all(line.startswith(f"data set {data}: ") for line in said)
-    return [line.removeprefix(f"data set {data}: ") for line in said]
+def notes(data: str) -> list[str]:
+    """What is said of a data set: the same whether it is decoded or found in the cache, and new where it alone has changed."""
+    lines = [list(open_table(find_source(data), fresh=True).notes) for _ in range(2)]
+    assert lines[0] == lines[1] == list(open_table(find_source(data)).notes)
+    assert set(lines[0]) <= set(remarks(open_table(find_source(data))))
+    return lines[0]
 
 
-def test_other_columns_are_left_out_with_a_line(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_columns_are_left_out_with_a_line(pictures: Path) -> None:
     text = ",path,label,truht,width\n0,sub/0.png,a,b,8\n1,sub/1.png,b,a,8\n"
-    assert notes(write(pictures, text), caplog) == ["columns that are not read: '', 'truht' (did you mean 'truth'?), 'width'"]
+    said = "columns that are not read: one without a name, 'truht' (did you mean 'truth'?), 'width'"
+    assert notes(write(pictures, text)) == [said]
     assert find_source(write(pictures, text)).build().truth is None
-    assert notes(write(pictures, "path,label\nsub/0.png,a\nsub/1.png,b\n"), caplog) == []
+    assert notes(write(pictures, "path,label\nsub/0.png,a\nsub/1.png,b\n")) == []
 
 
 def test_a_split_is_written_as_folders_are_named(pictures: Path) -> None:
@@ -231,7 +228,9 @@ def test_no_label_is_what_pandas_reads_as_none() -> None:
 def test_a_word_for_no_label_is_refused_with_its_line_and_no_class(word: str, pictures: Path) -> None:
     text = f"path,label\nsub/0.png,0\nsub/1.png,{word}\nsub/2.png,1\n"
     refused(write(pictures, text), rf"line 3: '{re.escape(word)}' is not a label; leave out .* folder:PATH\)$")
-    refused(write(pictures, text + "sub/3.png,nan\n"), rf"line 3: '{re.escape(word)}' is not a label, nor are 1 more; leave")
+    refused(
+        write(pictures, text + "sub/3.png,nan\n"), rf"line 3: '{re.escape(word)}' is not a label, and so in 1 more row; leave"
+    )
     unknown = write(pictures, f"path,label,truth\nsub/0.png,0,1\nsub/1.png,1,{word}\n")
     table = find_source(unknown).build()
     assert table.classes == ("0", "1")
@@ -257,10 +256,10 @@ def test_integers_that_pandas_wrote_as_floats(pictures: Path) -> None:
     assert table.truth.tolist() == [0, -1, 1, 2]
 
 
-def test_a_truth_that_is_no_label_is_of_no_class(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truth_that_is_no_label_is_of_no_class(pictures: Path) -> None:
     text = "path,label,truth\nsub/0.png,cat,cta\nsub/1.png,dog,\nsub/2.png,dog,dog\nsub/3.png,dog,boat\nsub/4.png,cat,boat\n"
     data = write(pictures, text)
-    assert notes(data, caplog) == ["rows whose truth is no label (open set): 3, with 'cta' (did you mean 'cat'?), 'boat'"]
+    assert notes(data) == ["rows whose truth is no label (open set): 3, with 'cta' (did you mean 'cat'?), 'boat'"]
     table = find_source(data).build()
     assert (table.num_classes, table.classes) == (2, ("cat", "dog"))
     assert table.truth is not None
@@ -280,15 +279,15 @@ COMPOSED, DECOMPOSED = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.no
         (("cat", "dog"), ""),
     ],
 )
-def test_classes_that_look_alike_are_named(
-    names: tuple[str, str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = [f"classes that differ only in case, white space or Unicode form are kept apart: {said}"] if said else []
+def test_classes_that_look_alike_are_named(names: tuple[str, str], said: str, tmp_path: Path) -> None:
+    expected = (
+        [f"warning: classes that differ only in case, white space or Unicode form are kept apart: {said}"] if said else []
+    )
     for number, name in enumerate(names):
         save(tmp_path / "images" / name / f"{number}.png")
     rows = "".join(f"images/{name}/{number}.png,{name}\n" for number, name in enumerate(names))
     for data in (write(tmp_path, "path,label\n" + rows), f"folder:{tmp_path / 'images'}"):
-        assert notes(data, caplog) == expected
+        assert notes(data) == expected
         assert len(find_source(data, Options()).build().classes) == 2
 
 

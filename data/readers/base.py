@@ -40,6 +40,7 @@ class RawTable:
     rule: str = ""  # how a file becomes pixels; equal where the same file becomes the same pixels
     reading: Mapping[str, Any] = field(default_factory=dict)  # the rule in figures, for what is said at launch
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many files of which kind are not read
+    notes: tuple[str, ...] = ()  # what else a user should know of it, each a line of a launch
 
     @staticmethod
     def of(

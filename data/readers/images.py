@@ -32,7 +32,7 @@ class Listing:
     split: Tensor | None = None
     truth: Tensor | None = None  # -1 where not known
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, see RawTable
-    notes: tuple[str, ...] = ()  # what a user should know of it, each a line
+    notes: tuple[str, ...] = ()  # likewise
 
     @property
     def paths(self) -> list[str]:
@@ -62,6 +62,7 @@ class Listing:
             rule=how.rule,
             reading=vars(how),
             left_out=self.left_out,
+            notes=self.notes,
         )
 
     def keys(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from data.readers.base import TEST, TRAIN, VALIDATION, Options
 from data.readers.images import Listing, check_files, is_inside
-from data.text import hint, look_alike_note, read_text, some
+from data.text import hint, look_alike_notes, read_text, some
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
 SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
@@ -124,7 +124,9 @@ def read_manifest(path: Path, options: Options) -> Listing:
             raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
         seen[place] = row.path
     check_files(path.parent, [row.path for row in rows], f"manifest {path}")
-    extra = [f"{name!r}{hint(name, COLUMNS)}" for name in header.columns if name not in COLUMNS]
+    extra = [
+        f"{name!r}{hint(name, COLUMNS)}" if name else "one without a name" for name in header.columns if name not in COLUMNS
+    ]
     notes = [f"columns that are not read: {some(extra)}"] if extra else []
     return _labelled(path, rows, notes)
 
@@ -132,7 +134,8 @@ def read_manifest(path: Path, options: Options) -> Listing:
 def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
     unlabelled = [row for row in rows if row.label in NO_LABEL]
     if unlabelled:
-        more = f", nor are {len(unlabelled) - 1} more" if len(unlabelled) > 1 else ""
+        rest = len(unlabelled) - 1
+        more = f", and so in {rest} more row{'s' if rest > 1 else ''}" if rest else ""
         raise ValueError(
             f"{_at(path, unlabelled[0].line)}: {unlabelled[0].label!r} is not a label{more}; leave out images without one (a"
             f" class that is really called so can be given as a folder: folder:PATH)"
@@ -170,8 +173,6 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
     if others:
         named = some([f"{name!r}{hint(name, classes)}" for name in others])
         notes = [*notes, f"rows whose truth is no label (open set): {sum(others.values())}, with {named}"]
-    if note := look_alike_note([*classes, *others]):
-        notes = [*notes, note]
     index = unknown | dict.fromkeys(others, len(classes)) | index
     return Listing(
         path.parent,
@@ -180,5 +181,5 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
         torch.tensor([index[read(row.label)] for row in rows]),
         torch.tensor(split) if is_split else None,
         torch.tensor([index[read(row.truth)] for row in rows]),
-        notes=tuple(notes),
+        notes=(*notes, *look_alike_notes([*classes, *others])),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import math
 import os
 import re
@@ -28,12 +27,11 @@ from data.readers.images import (
 )
 from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, read_manifest
 from data.readers.pixels import RESIZES, read_colour, shorter_side
-from data.text import hint, look_alike_note
+from data.text import hint, look_alike_notes
 
 LARGEST = 224  # side of images, unless more is asked for
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
 MOVE = "each folder there is a class, and images without labels have to be moved away"
-log = logging.getLogger(__name__)
 
 
 def folder(argument: str, options: Options) -> Source:
@@ -66,12 +64,6 @@ def _path(kind: str, argument: str, form: str) -> Path:
     return Path(os.path.abspath(os.path.expanduser(argument)))
 
 
-@functools.cache
-def _say(line: str) -> None:
-    """Once in a process, however often a data set is listed."""
-    log.warning("%s", line)
-
-
 def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options) -> Source:
     """What both have in common. ``read`` lists the files, once for a source: one that is made later sees later changes."""
     name = f"{kind}:{path}"
@@ -88,8 +80,6 @@ def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options
             found = read()
         if len(found.classes) < 2:
             raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
-        for note in found.notes:
-            _say(f"data set {name}: {note}")
         return found
 
     with reading(f"data set {name}"):
@@ -103,7 +93,7 @@ def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options
 
     def stamp() -> str:
         found = listing()
-        digest = hashlib.sha256(repr((found.classes, sorted(found.left_out.items()))).encode())
+        digest = hashlib.sha256(repr((found.classes, sorted(found.left_out.items()), found.notes)).encode())
         with reading(f"data set {name}"):
             for state in found.states():
                 digest.update(state)
@@ -164,12 +154,6 @@ def _images(path: Path) -> tuple[list[Path], Counter[str]]:
     return images, others
 
 
-def _unlabelled_note(part: Path) -> str:
-    """A line on images of a part that lie in no class folder, as a competition's test images do; empty where there are none."""
-    number = sum(map(is_image, entries(part)[1]))
-    return f"images in {part.name} without a class folder have no labels and are left out: {number}" if number else ""
-
-
 def _read_folder(path: Path, options: Options) -> Listing:
     parts = _parts(path)
     classes = tuple(below.name for below in entries(parts[0][1])[0])
@@ -177,8 +161,9 @@ def _read_folder(path: Path, options: Options) -> Listing:
         raise ValueError(f"folder {parts[0][1]} has no class folders; one per class is needed")
     left_out: Counter[str] = Counter()
     for part in sorted({path, *(part for _, part in parts)}):
+        where = "in no class folder" if part == path else f"in no class folder of {part.name}"
         for suffix, number in count_suffixes(entries(part)[1]).items():
-            left_out[f"{suffix} in no class folder"] += number
+            left_out[f"{suffix} {where}"] = number
     names: list[str] = []
     labels: list[int] = []
     split: list[int] = []
@@ -196,7 +181,6 @@ def _read_folder(path: Path, options: Options) -> Listing:
     for name in names:
         check_path(path, real, name, f"folder {path}", options)
     is_split = parts != [(TRAIN, path)]
-    notes = filter(None, [look_alike_note(classes), *map(_unlabelled_note, (part for kind, part in parts if kind != TRAIN))])
     return Listing(
         path,
         names,
@@ -204,5 +188,5 @@ def _read_folder(path: Path, options: Options) -> Listing:
         torch.tensor(labels),
         torch.tensor(split) if is_split else None,
         left_out=left_out,
-        notes=tuple(notes),
+        notes=look_alike_notes(classes),
     )

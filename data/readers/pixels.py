@@ -30,7 +30,10 @@ EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif")  # file
 TURNED = range(2, 9)  # EXIF's orientations other than upright
 MOST_MISSING = 0.1  # of a JPEG's pixels, up to which it is read as viewers show it
 SURVEYED = 1000  # heads that are read to find a data set's size
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises
+DAMAGE = (  # what PIL raises, with what its plug-ins let through (AVIF's decoder, BLP, GIF)
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError),
+    *(RuntimeError, LookupError, TypeError, ArithmeticError),
+)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as large, it is an error
 warnings.filterwarnings(
     "ignore", category=UserWarning, module=r"PIL\."
@@ -88,7 +91,7 @@ def formats() -> tuple[str, ...]:
 @functools.cache
 def suffixes() -> frozenset[str]:
     """The endings, in lower case, of files of these formats."""
-    known = set(formats())
+    known = {*formats(), "MPO"}  # which the plug-in for JPEG opens
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
@@ -249,6 +252,7 @@ def _without_its_last_bytes(path: str) -> bytes | None:
         content = file.read()
     if not content.startswith(b"\xff\xd8\xff"):
         return None
+    content = content.rstrip(b"\xff")  # half a marker, or half a byte of pixels, that the next bytes would become part of
     made_up = random.Random(0).randbytes(len(content)).replace(b"\xff", b"\xfe")
     end, shown = b"\xff\xd9", []
     for tail in (end, made_up + end):
