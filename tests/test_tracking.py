@@ -106,7 +106,7 @@ def test_the_variable_is_the_default_of_the_flag(tmp_path: Path, monkeypatch: py
         ("mlruns", ["MLFLOW_TRACKING_URI: 'mlruns' is not allowed", "http(s)://HOST:PORT"]),
         ("databricks", ["MLFLOW_TRACKING_URI: 'databricks' is not allowed"]),
         ("sqlite:///", ["MLFLOW_TRACKING_URI: 'sqlite:///' is not allowed", "sqlite:///FILE"]),
-        ("http://127.0.0.1:9", ["tracking server http://127.0.0.1:9 does not answer"]),
+        ("http://127.0.0.1:9", ["tracking server http://127.0.0.1:9 of MLFLOW_TRACKING_URI does not answer"]),
     ],
 )
 def test_what_the_flag_refuses_the_variable_may_not_hold(
