@@ -44,8 +44,8 @@ def noted_runs(ledger: Ledger) -> dict[int, str]:
     return {note["trial"]: note["run"] for note in ledger.lines(NOTES).read() if "trial" in note}
 
 
-class Asking:
-    """An MLflow client whose every call is made inside ``waiting()``."""
+class TimedClient:
+    """An MLflow client that makes every call inside ``waiting()``, by which the tracker knows how long it has taken."""
 
     def __init__(self, client: Any, waiting: Waiting) -> None:
         self._client = client
@@ -54,11 +54,11 @@ class Asking:
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._client, name)
 
-        def asking(*arguments: Any, **options: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             with self._waiting():
                 return call(*arguments, **options)
 
-        return asking
+        return timed
 
 
 class Projection:
@@ -82,7 +82,7 @@ class Projection:
 
         with waiting():  # it connects to a database
             client = MlflowClient(tracking_uri=uri)
-        self.client: Any = Asking(client, waiting)
+        self.client: Any = TimedClient(client, waiting)
         self.notes = ledger.lines(NOTES, fsync=False)
         self.metrics = ledger.lines("metrics.jsonl")
         self.experiment_id = self._experiment()
