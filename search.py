@@ -169,9 +169,9 @@ def retrain(options: argparse.Namespace) -> int:
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
     from tune.ledger import Ledger
+    from tune.projection import noted_runs
     from tune.report import rows, rungs
     from tune.spec import Sweep
-    from tune.tracker import noted_runs
 
     ledger = Ledger(Sweep.find(options.home, options.name), read_only=True)
     if not (options.json or options.rungs):
@@ -187,8 +187,8 @@ def best(options: argparse.Namespace) -> int:
 
 def shown(top: int) -> Callable[[Ledger], str]:
     """The leaderboard, and where to go from there."""
+    from tune.projection import noted_runs
     from tune.report import leaderboard_text
-    from tune.tracker import noted_runs
 
     return lambda ledger: leaderboard_text(ledger, noted_runs(ledger), top)
 

@@ -42,9 +42,9 @@ from training.experiment import EpochRecord  # noqa: E402
 from tune.desk import Desk  # noqa: E402
 from tune.display import Display  # noqa: E402
 from tune.ledger import Ledger, Record  # noqa: E402
+from tune.projection import Projection  # noqa: E402
 from tune.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import Sweep, make_spec  # noqa: E402
-from tune.tracker import Projection  # noqa: E402
 from tune.tracking import tracking_uri  # noqa: E402
 
 NAME, EPOCHS, SLOTS = "scale", 30, 8

@@ -20,9 +20,9 @@ from tests.sweeps import make_sweep, play
 from tune import report
 from tune.desk import Desk
 from tune.ledger import Ledger
+from tune.projection import noted_runs
 from tune.recipes import dataset
 from tune.spec import Sweep
-from tune.tracker import noted_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = [sys.executable, str(ROOT / "search.py")]

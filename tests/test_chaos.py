@@ -50,9 +50,9 @@ from tests.sweeps import new_storage, stored_trials
 from training import checkpoint
 from training.experiment import Experiment
 from tune.ledger import Ledger
+from tune.projection import noted_runs
 from tune.recipes import of_trial
 from tune.spec import KEPT_CHECKPOINTS, Sweep
-from tune.tracker import noted_runs
 
 SPEC = {"trials": 5000, "epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}  # never ends
 EPOCH_SECONDS = 0.1  # by which its epochs are slowed down: kills are rare, and each is trained again at the end

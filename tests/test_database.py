@@ -31,10 +31,10 @@ from tune.driver import Interruption
 from tune.files import LOCK, PROBE, Unreachable
 from tune.journal import DamagedFile
 from tune.ledger import RETRAIN, Ledger
+from tune.projection import Projection, noted_runs
 from tune.report import rows, sweep_lines
 from tune.space import Space
 from tune.spec import Sweep, check_place, make_spec
-from tune.tracker import Projection, noted_runs
 from tune.warm_start import warm_start
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]

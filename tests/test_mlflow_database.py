@@ -23,8 +23,8 @@ from tests.test_tracker import play, read_store, rebuilt, start_sweep, without_i
 from tune import mlflow_database
 from tune.ledger import Ledger
 from tune.mlflow_database import Unusable, follow_storage, prepare, refusal
+from tune.projection import Projection
 from tune.spec import Sweep
-from tune.tracker import Projection
 from tune.tracking import artifacts_uri, sqlite_path, sqlite_uri, tracking_uri
 
 ODD = ["a?b", "a#b", "a%41b", "a b", "aéü", "a%b", "a?b=c&d"]
@@ -203,7 +203,7 @@ def test_a_locked_database_is_no_damaged_one(storage: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_kills_while_the_database_is_made_leave_it_whole_or_absent(tmp_path: Path) -> None:
     """MLflow's own way leaves two in three of such kills a file that it does not open again."""
-    program = "import sys, pathlib; from tune.mlflow_database import prepare; from tune.tracker import load; load();"
+    program = "import sys, pathlib; from tune.mlflow_database import prepare; from tune.projection import load; load();"
     program += "print('ready', flush=True); prepare(pathlib.Path(sys.argv[1]), print)"
     stream, path = random.Random(0), tmp_path / "mlflow.db"
     seconds = 10.0

@@ -22,8 +22,8 @@ from tune.spec import Sweep, make_spec, read_yaml
 from tune.sweep import closing_words, describe
 from tune.warm_start import warm_start
 
-BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None)
-DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None)
+BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None, None)
+DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None, None)
 
 
 @pytest.mark.parametrize(

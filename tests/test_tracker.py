@@ -18,15 +18,17 @@ import yaml
 from optuna.trial import TrialState
 
 from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines, new_storage
+from tune import projection as projection_module
 from tune import report
 from tune import tracker as tracker_module
 from tune.desk import Desk
 from tune.ledger import RETRAIN, Ledger
 from tune.mlflow_database import prepare
+from tune.projection import BATCH, Projection, noted_runs, run_name
 from tune.recipes import from_yaml, of_trial
 from tune.report import plots_page, rows
 from tune.spec import Sweep
-from tune.tracker import BATCH, Projection, Tracker, noted_runs, run_name
+from tune.tracker import Tracker
 from tune.tracking import tracking_uri
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: out of paper\n'
@@ -326,7 +328,7 @@ def test_batches_smaller_than_what_there_is(
     ledger = Ledger(sweep)
     play(ledger, 3)
     expected = without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
-    monkeypatch.setattr(tracker_module, "BATCH", 4)
+    monkeypatch.setattr(projection_module, "BATCH", 4)
     Projection(ledger, tracking_uri(storage, "")).close(spent=True)
     assert without_ids(read_store(storage)) == expected
 
@@ -639,7 +641,7 @@ def test_a_long_backlog_is_sent_for_as_long_as_it_is_taken(storage: Path, monkey
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)
-    monkeypatch.setattr(tracker_module, "BATCH", 10)
+    monkeypatch.setattr(projection_module, "BATCH", 10)
     ledger = Ledger(start_sweep(storage, trials=3, scheduler="none"))
     play(ledger, 3)
     real = MlflowClient.log_batch

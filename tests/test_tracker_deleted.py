@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import tracker as tracker_module
 from tune.ledger import Ledger
+from tune.projection import Projection, noted_runs
 from tune.spec import Sweep
-from tune.tracker import Projection, Tracker, noted_runs
+from tune.tracker import Tracker
 from tune.tracking import tracking_uri
 
 CHILD = 0  # a trial that completes

@@ -30,7 +30,8 @@ from tests.sweeps import make_sweep, play
 from tune.checks import check_tracking
 from tune.desk import Desk
 from tune.ledger import Ledger
-from tune.tracker import Projection, Tracker
+from tune.projection import Projection
+from tune.tracker import Tracker
 
 SECRET = "correct-horse-battery"
 BASIC = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()

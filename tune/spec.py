@@ -125,6 +125,10 @@ class SweepSpec:
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
 READING = ("image_size", "resize", "background", "skip_damaged", "follow_links", "views")  # of images
 BEFORE = {f.name: f.default for f in dataclasses.fields(DataSpec) if f.metadata.get("newer")}  # of a record without the field
+BEFORE_SET = {  # what was fixed then, and so stands in no trial of a record without ``split``
+    **{"sce.log_zero": "-4.0", "sce.beta": "1.0"},
+    **{"nce-rce.log_zero": "-4.0", "nce-rce.beta": "1.0"},
+}
 EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
@@ -244,6 +248,13 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
 
 
+def _set_before(read: Mapping[str, Any]) -> dict[str, str]:
+    """The fixed values of a record of the version before, and those that its methods had by default and have no more."""
+    given = {**read.get("set", {}), **read.get("range", {})}
+    own = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
+    return {**{name: v for name, v in own.items() if not {name, name.partition(".")[2]} & set(given)}, **read.get("set", {})}
+
+
 def check_trusted(spec: SweepSpec) -> None:
     """ValueError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
     for name in spec.method:
@@ -299,6 +310,8 @@ class Sweep:
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
             read = {name: read_field(name, value, stored=True) for name, value in fields}
+            if "split" not in content["spec"]:
+                read["set"] = _set_before(read)
             spec = make_spec(BEFORE | read, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
