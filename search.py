@@ -169,7 +169,7 @@ def retrain(options: argparse.Namespace) -> int:
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
     from tune.report.leaderboard import rows, rungs
-    from tune.report.tracker import noted_runs
+    from tune.report.projection import noted_runs
     from tune.search.ledger import Ledger
     from tune.store.stored_sweep import Sweep
 
@@ -188,7 +188,7 @@ def best(options: argparse.Namespace) -> int:
 def shown(top: int) -> Callable[[Ledger], str]:
     """The leaderboard, and where to go from there."""
     from tune.report.leaderboard import leaderboard_text
-    from tune.report.tracker import noted_runs
+    from tune.report.projection import noted_runs
 
     return lambda ledger: leaderboard_text(ledger, noted_runs(ledger), top)
 

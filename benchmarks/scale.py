@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.grouping import objective  # noqa: E402  the checkout is not installed
 from training.experiment import EpochRecord  # noqa: E402
 from tune.report.display import Display  # noqa: E402
-from tune.report.tracker import Projection  # noqa: E402
+from tune.report.projection import Projection  # noqa: E402
 from tune.report.tracking import tracking_uri  # noqa: E402
 from tune.search.coordinator import Coordinator  # noqa: E402
 from tune.search.ledger import Ledger, Record  # noqa: E402

@@ -26,7 +26,7 @@ from training.locations import check_writable, names
 from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import Nodes
 from tune.report.leaderboard import rows, sweep_lines
-from tune.report.tracker import Projection, noted_runs
+from tune.report.projection import Projection, noted_runs
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.space import Space

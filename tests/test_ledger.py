@@ -834,20 +834,40 @@ def test_values_outside_of_todays_range_stay(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_sweep_of_symmetric_cross_entropy_from_before_beta_was_searched(tmp_path: Path) -> None:
-    """Its trials had beta 1, and an alpha that is out of today's range stays."""
-    sweep = make_sweep(tmp_path, method=("sce",), trials=6, epochs=2, range={"sce.alpha": "20:90:log"}, scheduler="none")
+    """Its trials have beta 1, the new ones too, and an alpha that is out of today's range stays; it opens again afterwards."""
+    old_spec = {"set": {"sce.beta": "1.0"}, "range": {"sce.alpha": "20:90:log"}}
+    sweep = make_sweep(tmp_path, method=("sce",), trials=6, epochs=2, scheduler="none", **old_spec)
     play(open_desk(sweep, total=6))
-    without_lines(sweep.folder / "journal.log", '"param_name":"sce.beta"')
     record = sweep.folder / "sweep.yaml"
     record.write_text(record.read_text().replace("  range:\n    sce.alpha: 20:90:log\n", "  range: {}\n"))
+    record.write_text(record.read_text().replace("  set:\n    sce.beta: '1.0'\n", "  set: {}\n"))
+    without_lines(record, "  split: stratified")
     coordinator = open_desk(Sweep.read(sweep.folder), total=9)
-    old = dict(coordinator.ledger.records)
+    old = {number: r.values for number, r in coordinator.ledger.records.items()}
     assert len(old) == 6
-    assert all(r.values["beta"] == 1.0 and float(r.values["alpha"]) >= 20 for r in old.values())
+    assert all(values["beta"] == 1.0 and float(values["alpha"]) >= 20 for values in old.values())
     play(coordinator)
-    new = [r.values for number, r in coordinator.ledger.records.items() if number not in old]
+    again = {number: r.values for number, r in Ledger(Sweep.read(sweep.folder), read_only=True).records.items()}
+    assert {number: again[number] for number in old} == old
+    new = [values for number, values in again.items() if number not in old]
     assert len(new) == 3
-    assert all(0.01 <= float(values["alpha"]) <= 10 and 0.05 <= float(values["beta"]) <= 10 for values in new)
+    assert all(0.01 <= float(values["alpha"]) <= 10 and values["beta"] == 1.0 for values in new)
+    assert {values["log_zero"] for values in again.values()} == {-4.0}
+
+
+@pytest.mark.parametrize("given", [{}, {"sce.log_zero": "-5.0"}])
+def test_a_sweep_of_symmetric_cross_entropy_from_before_keeps_its_log_zero(given: dict[str, str], tmp_path: Path) -> None:
+    """It was -4 in version f27d56c, was not searched, and so stands in no trial."""
+    sweep = make_sweep(tmp_path, method=("sce", "nce-rce", "ce"), set=given)
+    fixed = {p.name: p.fixed for ps in Ledger(sweep, create=True).space.parameters.values() for p in ps}
+    assert fixed["nce-rce.log_zero"] == pytest.approx(-9.21034, abs=1e-5)
+    without_lines(sweep.folder / "sweep.yaml", "  split: stratified")
+    before = Sweep.read(sweep.folder)
+    fixed = {p.name: p.fixed for ps in Ledger(before, read_only=True).space.parameters.values() for p in ps}
+    assert (fixed["sce.log_zero"], fixed["nce-rce.log_zero"]) == (float(given.get("sce.log_zero", -4)), -4.0)
+    assert (fixed["sce.beta"], fixed["nce-rce.beta"]) == (1.0, 1.0)
+    before.write()
+    assert Sweep.read(sweep.folder).spec == before.spec, "what is written again says the same"
 
 
 def test_a_sweep_with_one_clean_sample_from_before_it_was_refused(tmp_path: Path) -> None:

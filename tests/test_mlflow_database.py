@@ -22,7 +22,7 @@ from tests.sweeps import make_sweep, new_storage
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, without_ids
 from tune.report import mlflow_database
 from tune.report.mlflow_database import Unusable, follow_storage, prepare, refusal
-from tune.report.tracker import Projection
+from tune.report.projection import Projection
 from tune.report.tracking import artifacts_uri, sqlite_path, sqlite_uri, tracking_uri
 from tune.search.ledger import Ledger
 from tune.store.stored_sweep import Sweep
@@ -203,7 +203,7 @@ def test_a_locked_database_is_no_damaged_one(storage: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_kills_while_the_database_is_made_leave_it_whole_or_absent(tmp_path: Path) -> None:
     """MLflow's own way leaves two in three of such kills a file that it does not open again."""
-    program = "import sys, pathlib; from tune.mlflow_database import prepare; from tune.tracker import load; load();"
+    program = "import sys, pathlib; from tune.mlflow_database import prepare; from tune.projection import load; load();"
     program += "print('ready', flush=True); prepare(pathlib.Path(sys.argv[1]), print)"
     stream, path = random.Random(0), tmp_path / "mlflow.db"
     seconds = 10.0

@@ -24,8 +24,8 @@ from tune.search.warm_start import warm_start
 from tune.spec import make_spec, read_yaml
 from tune.store.stored_sweep import Sweep
 
-BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None)
-DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None)
+BATCH_SIZE = Hyperparameter("batch_size", int, 64, "", Interval.parse("[1, inf)"), (), None, None)
+DROPOUT = Hyperparameter("dropout", float, 0.0, "", Interval.parse("[0, 1)"), (), None, None)
 
 
 @pytest.mark.parametrize(

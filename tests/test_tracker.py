@@ -19,10 +19,12 @@ from optuna.trial import TrialState
 
 from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_lines, new_storage
 from tune.report import leaderboard as report
+from tune.report import projection as projection_module
 from tune.report import tracker as tracker_module
 from tune.report.leaderboard import plots_page, rows
 from tune.report.mlflow_database import prepare
-from tune.report.tracker import BATCH, Projection, Tracker, noted_runs, run_name
+from tune.report.projection import BATCH, Projection, noted_runs, run_name
+from tune.report.tracker import Tracker
 from tune.report.tracking import tracking_uri
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import RETRAIN, Ledger
@@ -328,7 +330,7 @@ def test_batches_smaller_than_what_there_is(
     ledger = Ledger(sweep)
     play(ledger, 3)
     expected = without_ids(rebuilt(sweep, tmp_path / "again", migrated_store))
-    monkeypatch.setattr(tracker_module, "BATCH", 4)
+    monkeypatch.setattr(projection_module, "BATCH", 4)
     Projection(ledger, tracking_uri(storage, "")).close(finished=True)
     assert without_ids(read_store(storage)) == expected
 
@@ -641,7 +643,7 @@ def test_a_long_backlog_is_sent_for_as_long_as_it_is_taken(storage: Path, monkey
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)
-    monkeypatch.setattr(tracker_module, "BATCH", 10)
+    monkeypatch.setattr(projection_module, "BATCH", 10)
     ledger = Ledger(start_sweep(storage, trials=3, scheduler="none"))
     play(ledger, 3)
     real = MlflowClient.log_batch

@@ -14,6 +14,7 @@ import search
 from tests.test_tracker import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import sweep as sweep_module
 from tune.checks import clean, launch_tracking
+from tune.report import projection as projection_module
 from tune.report import tracker as tracker_module
 from tune.report.tracker import Tracker
 from tune.report.tracking import sqlite_uri, tracking_uri
@@ -77,8 +78,8 @@ def test_a_slow_import_is_no_server_that_does_not_answer(storage: Path, monkeypa
     """Nor are the pages, whose libraries take as long."""
     monkeypatch.setattr(tracker_module, "PAUSE", 3600.0)
     for name in ("load", "plots_page"):
-        real = getattr(tracker_module, name)
-        monkeypatch.setattr(tracker_module, name, lambda *given, real=real: (time.sleep(3), real(*given))[1])
+        real = getattr(projection_module, name)
+        monkeypatch.setattr(projection_module, name, lambda *given, real=real: (time.sleep(3), real(*given))[1])
     ledger = Ledger(start_sweep(storage, trials=2))
     play(ledger, 2)
     tracker = Tracker(ledger, tracking_uri(storage, ""))
@@ -105,7 +106,7 @@ def test_the_variable_is_the_default_of_the_flag(tmp_path: Path, monkeypatch: py
         ("mlruns", ["MLFLOW_TRACKING_URI: 'mlruns' is not allowed", "http(s)://HOST:PORT"]),
         ("databricks", ["MLFLOW_TRACKING_URI: 'databricks' is not allowed"]),
         ("sqlite:///", ["MLFLOW_TRACKING_URI: 'sqlite:///' is not allowed", "sqlite:///FILE"]),
-        ("http://127.0.0.1:9", ["tracking server http://127.0.0.1:9 does not answer"]),
+        ("http://127.0.0.1:9", ["tracking server http://127.0.0.1:9 of MLFLOW_TRACKING_URI does not answer"]),
     ],
 )
 def test_what_the_flag_refuses_the_variable_may_not_hold(

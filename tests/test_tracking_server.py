@@ -28,7 +28,8 @@ from cryptography.x509.oid import NameOID
 from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play
 from tune.checks import check_tracking
-from tune.report.tracker import Projection, Tracker
+from tune.report.projection import Projection
+from tune.report.tracker import Tracker
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 

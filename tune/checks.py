@@ -147,21 +147,20 @@ def clean(uri: str, origin: str = FLAG) -> str:
 def check_tracking(uri: str, origin: str = FLAG) -> None:
     """ValueError where ``uri``, which ``origin`` gave, is not a tracking URI; TrackingUnavailable where what it names does not
     answer within seconds."""
-    kind = kind_of(uri)
+    kind, source = kind_of(uri), "" if origin == FLAG else f" of {origin}"
     if kind in WEB:
         try:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PATIENCE).close()
         except (OSError, ValueError, http.client.HTTPException) as error:
             if not has_answered(error):
-                raise TrackingUnavailable(
-                    f"tracking server {uri} does not answer: {getattr(error, 'reason', error)}"
-                ) from error
-        _check_login(uri)
+                reason = getattr(error, "reason", error)
+                raise TrackingUnavailable(f"tracking server {uri}{source} does not answer: {reason}") from error
+        _check_login(uri, source)
     elif path := sqlite_path(uri):
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{origin}: {uri!r} is not allowed; folder {str(path.parent)!r} cannot be written")
     elif kind in DATABASES:
-        _check_database(uri, DATABASES[kind])
+        _check_database(uri, DATABASES[kind], source)
     else:
         allowed = "give http(s)://HOST:PORT or a database such as sqlite:///FILE"
         raise ValueError(f"{origin}: {uri!r} is not allowed; {allowed}")
@@ -175,7 +174,7 @@ def has_answered(error: Exception) -> bool:
     return isinstance(getattr(error, "reason", error), ssl.SSLError)
 
 
-def _check_login(uri: str) -> None:
+def _check_login(uri: str, source: str) -> None:
     quiet()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -185,12 +184,12 @@ def _check_login(uri: str) -> None:
     except MlflowException as error:
         said = str(error).strip().splitlines()[0][:200]
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", said):
-            raise TrackingUnavailable(f"tracking server {uri} cannot be used: {said}") from error
+            raise TrackingUnavailable(f"tracking server {uri}{source} cannot be used: {said}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
-        raise ValueError(f"tracking server {uri} cannot be used: {said}; {login}") from error
+        raise ValueError(f"tracking server {uri}{source} cannot be used: {said}; {login}") from error
 
 
-def _check_database(uri: str, timeout: str) -> None:
+def _check_database(uri: str, timeout: str, source: str) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
@@ -199,4 +198,4 @@ def _check_database(uri: str, timeout: str) -> None:
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         kind = TrackingUnavailable if isinstance(error, (OperationalError, OSError)) else ValueError
-        raise kind(f"tracking database {uri.rpartition('@')[2]} cannot be opened: {reason}") from error
+        raise kind(f"tracking database {uri.rpartition('@')[2]}{source} cannot be opened: {reason}") from error

@@ -122,6 +122,10 @@ class SweepSpec:
 FIELDS = {f.name: f for f in dataclasses.fields(SweepSpec)}
 READING = ("image_size", "resize", "background", "skip_damaged", "follow_links", "views")  # of images
 BEFORE = {f.name: f.default for f in dataclasses.fields(DataSpec) if f.metadata.get("newer")}  # of a record without the field
+BEFORE_SET = {  # what was fixed then, and so stands in no trial of a record without ``split``
+    **{"sce.log_zero": "-4.0", "sce.beta": "1.0"},
+    **{"nce-rce.log_zero": "-4.0", "nce-rce.beta": "1.0"},
+}
 EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
@@ -239,6 +243,13 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
     views = spec.views if stored else spec.views or source.launch_views or source.views
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
+
+
+def set_before(read: Mapping[str, Any]) -> dict[str, str]:
+    """The fixed values of a record of the version before, and those that its methods had by default and have no more."""
+    given = {**read.get("set", {}), **read.get("range", {})}
+    own = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
+    return {**{name: v for name, v in own.items() if not {name, name.partition(".")[2]} & set(given)}, **read.get("set", {})}
 
 
 def check_trusted(spec: SweepSpec) -> None:

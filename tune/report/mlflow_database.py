@@ -146,7 +146,7 @@ def _opened(path: Path) -> str:
     try:
         MlflowClient(tracking_uri=sqlite_uri(path)).search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        return str(error).strip().splitlines()[0][:200]
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return ""
 
 

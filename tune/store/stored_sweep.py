@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from training.locations import Location
-from tune.spec import BEFORE, SweepSpec, make_spec, read_field
+from tune.spec import BEFORE, SweepSpec, make_spec, read_field, set_before
 from tune.store.base import NAME, RECORD, SweepFiles, SweepStore
 from tune.store.folder import FolderFiles, FolderStore
 from tune.store.locate import as_store
@@ -65,6 +65,8 @@ class Sweep:
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
             read = {name: read_field(name, value, stored=True) for name, value in fields}
+            if "split" not in content["spec"]:
+                read["set"] = set_before(read)
             spec = make_spec(BEFORE | read, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes

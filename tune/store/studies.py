@@ -17,8 +17,12 @@ def study_name(storage: BaseStorage, kind: str) -> str | None:
     if kind in (study.study_name for study in studies):
         return kind
     others = [study for study in studies if study.study_name not in (SWEEP, RETRAIN)]
-    found = [study.study_name for study in others if _kind(storage.get_all_trials(study._study_id, deepcopy=False)) == kind]
+    found = [study.study_name for study in others if _kind(_trials(storage, study.study_name)) == kind]
     return found[0] if len(found) == 1 else None
+
+
+def _trials(storage: BaseStorage, name: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
 
 
 def _kind(trials: list[optuna.trial.FrozenTrial]) -> str:
