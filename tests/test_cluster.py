@@ -34,17 +34,9 @@ from tests.sweep_process import (
 )
 from tests.sweeps import make_sweep
 from tune.checks import check_storage
+from tune.cluster import executor
 from tune.cluster import nodes as cluster
-from tune.cluster.nodes import (
-    LOOK_SECONDS,
-    MAX_REFUSALS,
-    SILENT_SECONDS,
-    Nodes,
-    address_of,
-    check_answers,
-    executor,
-    why_not_here,
-)
+from tune.cluster.nodes import LOOK_SECONDS, MAX_REFUSALS, SILENT_SECONDS, Nodes, address_of, check_answers, why_not_here
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import make_spec
