@@ -109,7 +109,7 @@ def test_only_our_packages_are_shipped_all_of_them(monkeypatch: pytest.MonkeyPat
     """What is a package beside the command line, and is no test, benchmark or page, is shipped; nothing else is."""
     shipped = executor.shipped("empty")
     names = {Path(path).name for path in shipped["py_modules"]}
-    root = Path(executor.__file__).parent.parent
+    root = Path(executor.__file__).parents[2]
     assert names == {path.parent.name for path in root.glob("*/__init__.py")} - {"tests", "benchmarks"} | {"hparams.py"}
     assert all(Path(path).exists() for path in shipped["py_modules"])
     assert set(shipped) == {"py_modules", "env_vars", "working_dir"}

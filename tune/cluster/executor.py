@@ -39,7 +39,7 @@ class NotStarted(Exception):
 def places() -> dict[str, str]:
     """Where the user wants data sets and tables to lie, for processes that have a working directory of their own.
 
-    What the user has not said is not passed on: another node may have another user, and so another store.
+    What the user has not said is not passed on: another node may have another user, and so another home folder.
     """
     named = {name: os.environ.get(name) for name in ("NOISY_LABEL_CACHE", "NOISY_LABEL_DATA")}
     return {name: str(Path(folder).absolute()) for name, folder in named.items() if folder}
