@@ -60,8 +60,9 @@ def draw_split(source: Source, table: Table, kind: str, seed: int, validation_fr
         parts = stratified(labels[free], num_test, num_validation, random)
     else:
         parts = shuffled(len(free), num_test, num_validation, random)
-    num_train, drawn = len(free) - num_test - num_validation, int((parts == VALIDATION).sum())
-    if num_train < 2 or drawn + len(validation) < 1:  # a row that a class keeps all the same is not what was asked for
+    drawn, asked = int((parts == VALIDATION).sum()), len(free) - num_test - num_validation
+    num_train = asked if asked < 2 else int((parts == TRAIN).sum())  # rows that classes keep all the same were not asked for
+    if num_train < 2 or drawn + len(validation) < 1:
         raise ValueError(
             f"validation_fraction {validation_fraction!r} and test_fraction {test_fraction!r} leave {num_train} training and "
             f"{drawn} validation samples of {len(free)}; at least 2 and 1 are needed"
