@@ -60,7 +60,8 @@ def draw_split(source: Source, table: Table, kind: str, seed: int, validation_fr
         parts = stratified(labels[free], num_test, num_validation, random)
     else:
         parts = shuffled(len(free), num_test, num_validation, random)
-    num_train, drawn = int((parts == TRAIN).sum()), int((parts == VALIDATION).sum())
+    drawn, asked = int((parts == VALIDATION).sum()), len(free) - num_test - num_validation
+    num_train = asked if asked < 2 else int((parts == TRAIN).sum())  # rows that classes keep all the same were not asked for
     if num_train < 2 or drawn + len(validation) < 1:
         raise ValueError(
             f"validation_fraction {validation_fraction!r} and test_fraction {test_fraction!r} leave {num_train} training and "

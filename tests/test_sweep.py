@@ -291,10 +291,10 @@ def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path) -> N
         f"manifest:{tmp_path / 'labels.csv'}",
     )
     launched = search("launch", "mine", "--storage", storage, *options).stdout
-    assert (
-        "3 classes, images of 8 x 8 x 3; 42 training, 18 validation (noisy labels)\nnoise none (seed 0); network mlp"
-        in launched
-    )
+    sizes = "3 classes, images of 8 x 8 x 3; 42 training, 18 validation (noisy labels)"
+    assert f"{sizes}\nimages 60 files of 8 x 8 pixels, " in launched
+    assert "\nnoise none (seed 0); network mlp\n" in launched
+    assert "\nviews shift: " in launched
     rows = board(storage, "mine")
     assert [row["state"] for row in rows] == ["complete", "complete"]
     assert {row["test_accuracy"] for row in rows} == {None}
