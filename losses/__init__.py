@@ -6,7 +6,6 @@ from losses.cross_entropy import cross_entropy, entropy, soft_cross_entropy
 from losses.dynamics_aware import dynamics_aware_loss
 from losses.early_learning import clipped_probabilities, early_learning_term
 from losses.generalized_cross_entropy import generalized_cross_entropy, truncated_generalized_cross_entropy
-from losses.mixing import mix
 from losses.normalized_cross_entropy import normalized_cross_entropy
 from losses.overparameterization import corrected_probabilities, divergence_from, imbalance, unexplained
 from losses.reverse_cross_entropy import absolute_error, reverse_cross_entropy
@@ -28,7 +27,6 @@ __all__ = [
     "entropy",
     "generalized_cross_entropy",
     "imbalance",
-    "mix",
     "normalized_cross_entropy",
     "pair_weights",
     "reverse_cross_entropy",

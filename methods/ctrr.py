@@ -30,7 +30,7 @@ from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import contrastive_losses, cross_entropy, generalized_cross_entropy
 from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task
-from methods.moving_average import MovingAverage, averaging_momentum
+from methods.parts.moving_average import MovingAverage, averaging_momentum
 from models.network import Network
 
 

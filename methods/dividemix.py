@@ -37,11 +37,11 @@ from torch.nn.functional import one_hot
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
-from losses import balance_penalty, cross_entropy, entropy, mix, soft_cross_entropy, squared_error
+from losses import balance_penalty, cross_entropy, entropy, soft_cross_entropy, squared_error
 from methods.base import Clock, Config, Learner, Method, Step, Task, View, first_epoch
-from methods.mixing import mixing_weight
-from methods.mixture import GaussianMixture, min_max
-from methods.sweep import sweep
+from methods.parts.mixing import mix, mixing_weight
+from methods.parts.mixture import GaussianMixture, min_max
+from methods.parts.training_pass import pass_over_training_set
 
 VIEWS = 2  # of every image, M in the paper
 FEWEST = 0.1  # share of the samples that is trained on as labelled where the mixture finds hardly any
@@ -160,7 +160,7 @@ class DivideMix(Method[Portion]):
         clean = torch.ones(len(data), 2, device=data.labels.device)
         kept = torch.ones_like(clean, dtype=torch.bool)
         for number, learner in enumerate(self.networks):
-            index, logits = sweep(learner, data, self.task.plain)
+            index, logits = pass_over_training_set(learner, data, self.task.plain)
             labels = data.labels[index]
             self.losses[index, number, epoch % self.config.averaged] = min_max(cross_entropy(logits, labels)).float()
             losses = self.losses[index, number].sum(dim=1) / num_averaged

@@ -31,10 +31,10 @@ from torch.nn.functional import one_hot
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
-from losses import early_learning_term, mix, soft_cross_entropy
+from losses import early_learning_term, soft_cross_entropy
 from methods.base import Clock, GivenLabelsConfig, Learner, Method, Step, Task, memory_momentum
-from methods.mixing import mixing_weight
-from methods.moving_average import MovingAverage, averaging_momentum
+from methods.parts.mixing import mix, mixing_weight
+from methods.parts.moving_average import MovingAverage, averaging_momentum
 
 
 @dataclass(frozen=True)

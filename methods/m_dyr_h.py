@@ -33,11 +33,11 @@ from torch.nn.functional import one_hot
 
 from data.table import Batch, TrainData
 from hparams import hyperparameter
-from losses import balance_penalty, cross_entropy, mix, soft_cross_entropy
+from losses import balance_penalty, cross_entropy, soft_cross_entropy
 from methods.base import Clock, Config, Learner, Method, Step, Task
-from methods.mixing import mixing_weight
-from methods.mixture import BetaMixture
-from methods.sweep import sweep
+from methods.parts.mixing import mix, mixing_weight
+from methods.parts.mixture import BetaMixture
+from methods.parts.training_pass import pass_over_training_set
 
 BINS = 100
 PERCENTILES = (0.05, 0.95)
@@ -93,7 +93,7 @@ class MDYRH(Method[Batch]):
         yield from data.shuffled(self.config.batch_size)
         coming = Clock(clock.epoch + 1, clock.epochs)
         if coming.epoch < coming.epochs and coming.has_begun(self.config.begins()):
-            index, logits = sweep(self.learner, data, self.view)
+            index, logits = pass_over_training_set(self.learner, data, self.view)
             self.fit(cross_entropy(logits, data.labels[index]))
 
     def fit(self, losses: Tensor) -> None:

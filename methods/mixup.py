@@ -18,10 +18,9 @@ import torch
 
 from data.table import Batch
 from hparams import hyperparameter
-from losses import mix
 from methods.base import Clock, GivenLabelsConfig, Step
 from methods.ce import CrossEntropy
-from methods.mixing import mixing_weight
+from methods.parts.mixing import mix, mixing_weight
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from data.table import Batch, TrainData
 from hparams import hyperparameter
 from losses import cross_entropy, soft_cross_entropy
 from methods.base import Clock, Config, SingleNet, Task, memory_momentum
-from methods.sweep import sweep
-from methods.turning_point import TurningPoint
+from methods.parts.training_pass import pass_over_training_set
+from methods.parts.turning_point import TurningPoint
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SELC(SingleNet):
     def batches(self, data: TrainData, clock: Clock) -> Iterable[Batch]:
         yield from super().batches(data, clock)
         if self.turning_point is not None and not self.corrects(clock):
-            index, logits = sweep(self.learner, data, self.task.plain)
+            index, logits = pass_over_training_set(self.learner, data, self.task.plain)
             self.turning_point.observe(cross_entropy(logits, data.labels[index]), clock)
 
     def corrects(self, clock: Clock) -> bool:

@@ -29,7 +29,7 @@ from losses import truncated_generalized_cross_entropy
 from losses.softmax import label_log_probability
 from methods.base import Clock, Step, Task
 from methods.gce import GCEConfig, GeneralizedCrossEntropy
-from methods.sweep import sweep
+from methods.parts.training_pass import pass_over_training_set
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TruncatedGeneralizedCrossEntropy(GeneralizedCrossEntropy):
 
     def look(self, data: TrainData) -> None:
         """Notes the probability of each given label, in evaluation mode."""
-        index, logits = sweep(self.learner, data, self.task.plain)
+        index, logits = pass_over_training_set(self.learner, data, self.task.plain)
         self.given_probability[index] = label_log_probability(logits, data.labels[index]).exp()
 
     def kept(self, index: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from data.seeds import generator
 from data.table import TrainData
-from losses import balance_penalty, mix, soft_cross_entropy, squared_error
-from methods import m_dyr_h, mixture, turning_point
+from losses import balance_penalty, soft_cross_entropy, squared_error
+from methods import m_dyr_h
 from methods.base import Clock, Learner, first_epoch
 from methods.m_dyr_h import MDYRH, MDYRHConfig
-from methods.mixing import mixing_weight
-from methods.mixture import BetaMixture, GaussianMixture, min_max, two_means
+from methods.parts import mixture, turning_point
+from methods.parts.mixing import mix, mixing_weight
+from methods.parts.mixture import BetaMixture, GaussianMixture, min_max, two_means
+from methods.parts.training_pass import pass_over_training_set
+from methods.parts.turning_point import TurningPoint
 from methods.selc import SELC, SELCConfig
-from methods.sweep import sweep
-from methods.turning_point import TurningPoint
 from models import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
@@ -355,7 +356,7 @@ def test_a_sweep_sees_every_sample_in_evaluation_mode_and_leaves_no_trace() -> N
     torch.manual_seed(0)
     learner = Learner(tiny_net(), SELCConfig()).train()
     before = copy.deepcopy(learner.state_dict())
-    index, logits = sweep(learner, data, plain)
+    index, logits = pass_over_training_set(learner, data, plain)
     assert learner.training
     assert differences(learner.state_dict(), before) == []
     assert not logits.requires_grad
@@ -652,16 +653,16 @@ PATIENCE = HERE + "test_the_published_distance_is_the_default_patience"
 BY_HAND = HERE + "test_one_step_of_m_dyr_h_by_hand"
 SCALED = HERE + "test_losses_are_scaled_by_their_percentiles"
 PUBLISHED = HERE + "test_the_published_defaults_of_m_dyr_h"
-MIXTURE, M_DYR_H, POINT = "methods/mixture.py", "methods/m_dyr_h.py", "methods/turning_point.py"
+MIXTURE, M_DYR_H, POINT = "methods/parts/mixture.py", "methods/m_dyr_h.py", "methods/parts/turning_point.py"
 
 MUTATIONS = [
     Mutation("losses/balance.py", "- math.log(num_rows)", "- 1.1 * math.log(num_rows)", BALANCE),
     Mutation("losses/balance.py", "- math.log(num_classes)", "- 1.1 * math.log(num_classes)", BALANCE),
     Mutation("losses/balance.py", "-log_mean.mean()", "-1.1 * log_mean.mean()", BALANCE),
-    Mutation("losses/mixing.py", "return weight * rows", "return 1.1 * weight * rows", BY_HAND),
-    Mutation("losses/mixing.py", "(1 - weight)", "(1.1 - weight)", BY_HAND),
+    Mutation("methods/parts/mixing.py", "return weight * rows", "return 1.1 * weight * rows", BY_HAND),
+    Mutation("methods/parts/mixing.py", "(1 - weight)", "(1.1 - weight)", BY_HAND),
     Mutation(
-        "methods/mixing.py",
+        "methods/parts/mixing.py",
         "Beta(alpha, alpha)",
         "Beta(alpha, 1.1 * alpha)",
         HERE + "test_mixing_weights_are_drawn_from_their_beta_distribution",

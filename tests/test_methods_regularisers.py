@@ -23,7 +23,7 @@ from methods.base import Clock, Task, memory_momentum
 from methods.cdr import CDRConfig, critical_gradients
 from methods.ctrr import CTRR, ContrastiveNetwork, CTRRConfig
 from methods.elr_plus import ELRPlus, ELRPlusConfig, ramp_up, weighed
-from methods.moving_average import MovingAverage
+from methods.parts.moving_average import MovingAverage
 from models import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
@@ -612,9 +612,9 @@ CTRR_FILE = "methods/ctrr.py"
 PAIRS = "losses/contrastive.py"
 
 MUTATIONS = [
-    Mutation("methods/moving_average.py", "theirs, 1 - momentum)", "theirs, 1.1 - momentum)", AVERAGE),
+    Mutation("methods/parts/moving_average.py", "theirs, 1 - momentum)", "theirs, 1.1 - momentum)", AVERAGE),
     Mutation(
-        "methods/moving_average.py",
+        "methods/parts/moving_average.py",
         "module.p = 0.0",
         "module.p = 0.1",
         HERE + "test_a_moving_average_uses_the_statistics_of_its_batch_and_drops_nothing",
@@ -634,7 +634,7 @@ MUTATIONS = [
     Mutation(ELR_PLUS, "self.config.strength * ramp", "1.1 * self.config.strength * ramp", ELR_HAND),
     Mutation(ELR_PLUS, "= beta * self", "= 1.1 * beta * self", ELR_HAND),
     Mutation(ELR_PLUS, "] + (1 - beta)", "] + (1.1 - beta)", ELR_HAND),
-    Mutation("methods/moving_average.py", "math.exp(-1 / (", "math.exp(-1.1 / (", ELR_HAND),
+    Mutation("methods/parts/moving_average.py", "math.exp(-1 / (", "math.exp(-1.1 / (", ELR_HAND),
     Mutation(
         ELR_PLUS,
         "self.second(plain)) / 2",
@@ -665,7 +665,7 @@ MUTATIONS = [
         CTRR_FILE, "self.config.agreement - 1)", "self.config.agreement - 1.1)", HERE + "test_the_threshold_of_an_agreement"
     ),
     Mutation(CTRR_FILE, "self.config.strength * contrast", "1.1 * self.config.strength * contrast", CTRR_HAND),
-    Mutation("methods/moving_average.py", "math.exp(-1 / (", "math.exp(-1.1 / (", CTRR_HAND),
+    Mutation("methods/parts/moving_average.py", "math.exp(-1 / (", "math.exp(-1.1 / (", CTRR_HAND),
     Mutation(PAIRS, "EDGE = 1e-4", "EDGE = 1.1e-4", DIRECTIONS),
     Mutation(PAIRS, "clamp(EDGE, 1 - EDGE)", "clamp(EDGE, 1.1 - EDGE)", DIRECTIONS),
     Mutation(PAIRS, "SMALLEST = 1e-6", "SMALLEST = 1.1e-6", HERE + "test_equal_directions_are_finite_in_float32"),

@@ -655,7 +655,7 @@ def test_data_move_to_a_device_once_or_stay_where_they_do_not_fit(total: int, mo
     """115,008 bytes of digits: a table larger than a quarter of the trial's share of the device stays, and batches move."""
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (total, total))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 0.5)
-    monkeypatch.setattr("training.experiment._IMAGES", {})
+    monkeypatch.setattr("data.memory._IMAGES", {})
     moved, again = (make_recipe("ce", noise_seed=total + more).dataset("meta") for more in (0, 1))
     assert moved.train.images is again.train.images or total != 10**9, "one table for all noise seeds"
     parts = [moved.train, moved.validation, moved.test]

@@ -9,14 +9,12 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 
-from data.dataset import Dataset, DataSpec, load
+from data.dataset import Dataset, DataSpec
+from data.memory import dataset_on, shared_dataset
 from data.seeds import derive
-from data.table import Labelled
 from data.views import make_views
 from hparams import Value, build
 from methods import find_method
@@ -52,7 +50,7 @@ class Recipe(DataSpec):
     def dataset(self, device: str = "cpu") -> Dataset:
         """The data set that it is run on, for batches on ``device``."""
         spec = DataSpec.of(self)
-        return _dataset(spec) if device == "cpu" else _moved(spec, device)
+        return shared_dataset(spec) if device == "cpu" else dataset_on(device, spec)
 
 
 @dataclass(frozen=True)
@@ -63,45 +61,6 @@ class EpochRecord:
     time: float
     objective: float
     metrics: dict[str, float]
-
-
-@lru_cache(maxsize=2)
-def _dataset(spec: DataSpec) -> Dataset:
-    """Shared by the trials of a reused worker. ValueError where the source is not the one with that checksum."""
-    return load(spec)
-
-
-@lru_cache(maxsize=2)
-def _moved(spec: DataSpec, device: str) -> Dataset:
-    """The same with its tensors on another device; a table that would take more than a quarter of the trial's share of the
-    device's memory stays where it is, and batches move."""
-    dataset = _dataset(spec)
-    share = torch.cuda.mem_get_info()[1] * torch.cuda.get_per_process_memory_fraction()
-    stays = dataset.train.images.nbytes > share / 4
-
-    def move(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device)
-        if isinstance(value, Labelled):
-            rest = {"labels": move(value.labels)}
-            if not stays:
-                rest |= {"images": _images_on(device, dataset), "rows": move(value.rows)}
-            return dataclasses.replace(value, **rest)
-        return value
-
-    return dataclasses.replace(dataset, **{f.name: move(getattr(dataset, f.name)) for f in dataclasses.fields(dataset)})
-
-
-_IMAGES: dict[tuple[str, str], torch.Tensor] = {}  # by device and table's checksum; one at most
-
-
-def _images_on(device: str, dataset: Dataset) -> torch.Tensor:
-    """The table's images, for all parts of the split and whatever the noise; those of another table are let go first."""
-    key = (device, dataset.checksum)
-    if key not in _IMAGES:
-        _IMAGES.clear()
-        _IMAGES[key] = dataset.train.images.to(device)
-    return _IMAGES[key]
 
 
 def objective_window(epochs: int) -> int:

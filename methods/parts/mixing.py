@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def mixing_weight(alpha: float) -> float:
+    """One draw from Beta(``alpha``, ``alpha``), in [0, 1], from torch's default generator: the weight of a whole batch."""
+    return float(torch.distributions.Beta(alpha, alpha).sample())
 
 
 def mix(rows: Tensor, weight: float, partners: Tensor) -> Tensor:

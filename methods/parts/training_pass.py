@@ -8,10 +8,10 @@ from torch import Tensor
 from data.table import TrainData
 from methods.base import Learner, View
 
-SWEEP_BATCH = 1024
+PASS_BATCH = 1024
 
 
-def sweep(learner: Learner, data: TrainData, view: View) -> tuple[Tensor, Tensor]:
+def pass_over_training_set(learner: Learner, data: TrainData, view: View) -> tuple[Tensor, Tensor]:
     """Logits [N, K] of the ``view`` of every sample, in evaluation mode and without gradient, and their index, int64 [N].
 
     In the order of ``data.shuffled``: whoever uses them must not depend on the order.
@@ -19,7 +19,7 @@ def sweep(learner: Learner, data: TrainData, view: View) -> tuple[Tensor, Tensor
     training = learner.training
     learner.eval()
     with torch.no_grad():
-        swept = [(batch.index, learner(view(batch.images))) for batch in data.shuffled(data.fitting(SWEEP_BATCH))]
+        outputs = [(batch.index, learner(view(batch.images))) for batch in data.shuffled(data.fitting(PASS_BATCH))]
     learner.train(training)
-    indices, logits = zip(*swept, strict=True)
+    indices, logits = zip(*outputs, strict=True)
     return torch.cat(indices), torch.cat(logits)

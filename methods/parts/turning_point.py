@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Clock
-from methods.mixture import GaussianMixture, min_max
+from methods.parts.mixture import GaussianMixture, min_max
 
 WINDOW = 3  # epochs whose separations are averaged
 UNKNOWN = -1
