@@ -59,6 +59,11 @@ def test_the_index_lists_every_page() -> None:
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
+def test_the_index_of_the_decisions_lists_every_entry_in_its_order() -> None:
+    text = (ROOT / "docs" / "decisions.md").read_text()
+    assert re.findall(r"^- \[(.+)\]\(#", text, flags=re.MULTILINE) == re.findall(r"^### (.+)$", text, flags=re.MULTILINE)
+
+
 def test_pages_are_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "pages.py")
     assert spec is not None
