@@ -90,8 +90,8 @@ def methods_page(costs: dict[str, Any]) -> str:
     parts = [
         HEAD,
         "# Methods\n",
-        f"""State is what a method keeps of each training sample, in bytes, for K classes. Cost is the time of a whole run
-relative to cross-entropy, median of {costs["repeats"]} ({costs["what"]}; `python benchmarks/method_costs.py`).
+        f"""State: what a method keeps of each training sample, in bytes, for K classes. Cost: the time of a whole run
+divided by that of cross-entropy, median of {costs["repeats"]} ({costs["what"]}; `python benchmarks/method_costs.py`).
 """,
         markdown(["method", "what it is", "state", "cost"], overview),
         """## What every method has
@@ -121,21 +121,30 @@ def results_page(rows: list[dict[str, Any]]) -> str:
     parts = [
         HEAD,
         "# Methods compared\n",
-        """`python benchmarks/methods.py` searches each method on its own, on digits with small-cnn, and trains the best
-complete trial by *noisy* validation accuracy again over seeds; `clean test` is the mean and standard error of
-its clean test accuracy, in %. `minus ce` is the difference to cross-entropy under the same seeds, paired.
-`oracle` is what the trial with the best clean test accuracy would have given, which nobody can choose without
-clean labels. What stands behind a method's name was fixed and not searched. Seconds and epochs are those of the
-search, all trials together; the seconds are those of a shared machine, whose load changed from table to table
-(`methods.md` has costs that can be compared). Ranges and defaults were fixed in a commit before the table was
-made; ELR+'s `ramp` got its range after the first table, PENCIL a bound on its label step and another range, and
-both were searched again then. So were SELC and ALR, whose ranges of `warmup` and `memory` were widened after runs under
-60 % noise, and CDR, which got its `sparsity`.
+        """`python benchmarks/methods.py` searches each method on its own, on digits with small-cnn. The best complete trial by
+*noisy* validation accuracy is then trained again over seeds. The columns:
 
-All tables are from before these changes ([decisions.md](decisions.md)), and nothing was searched again since. The split is
-stratified now; theirs is `split: shuffled`. SCE and NCE+RCE had A = -4 and beta = 1, and their `alpha` below belongs to these
-(`log_zero`, `beta`); now A is ln 1e-4, and beta is searched. To hold every published setting the ranges became wider of
-Co-teaching(+), DivideMix, ELR(+), PENCIL, SOP(+) and SR.
+- **clean test**: clean test accuracy of the winner, %, mean and standard error over seeds
+- **minus ce**: the difference to cross-entropy under the same seeds, paired
+- **oracle**: the same as clean test for the trial with the best clean test accuracy, which nobody can choose without clean
+  labels
+- **noisy val**: noisy validation accuracy of the winner in the search, %; it was selected on
+- **epochs**, **seconds**: of the search, all trials together; the machine was shared, and [methods.md](methods.md) has costs
+  that can be compared
+
+What stands behind a method's name was fixed and not searched.
+
+Ranges and defaults were fixed in a commit before the tables were made. These exceptions were searched again: ELR+'s `ramp`
+got its range after the first table; PENCIL got a bound on its label step and another range; CDR got its `sparsity`; SELC and
+ALR got wider ranges of `warmup` and `memory` after runs under 60 % noise.
+
+All tables are from before these changes ([decisions.md](decisions.md)), and nothing was searched again since:
+
+- The split was `split: shuffled`; it is stratified now.
+- SCE and NCE+RCE had A = -4 and beta = 1, and their `alpha` below belongs to these (`log_zero`, `beta`). Now A is ln 1e-4,
+  and beta is searched.
+- The ranges of Co-teaching(+), DivideMix, ELR(+), PENCIL, SOP(+) and SR became wider, so that they hold every published
+  setting.
 
 Why some methods do not beat cross-entropy in 30 epochs is in [below_ce.md](below_ce.md).
 """,
