@@ -110,14 +110,14 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     values = {name: v for name, v in vars(options).items() if name in FIELDS and v is not None}
     for name, value in values.items():
         if isinstance(value, str) and not value.strip():  # a shell's variable that is not set
-            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; give a value, or leave the flag out")
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; give a value, or leave the flag out")
     return {name: read_field(name, value) for name, value in values.items()}
 
 
 def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
     """ValueError where ``text`` is no integer from ``low`` to ``high``."""
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise ValueError(f"{flag}: {text!r} is not allowed; it must be an integer from {low} to {high}")
+        raise UserError(f"{flag}: {text!r} is not allowed; it must be an integer from {low} to {high}")
     return int(text)
 
 
@@ -199,7 +199,7 @@ def train(options: argparse.Namespace) -> int:
 
     flags = given(options)
     if options.config and flags:
-        raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
+        raise UserError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     if options.config:
         recipe = from_yaml(Path(options.config))
         prepare(recipe, download=options.download)
@@ -253,11 +253,11 @@ def ui(options: argparse.Namespace) -> int:
 
     storage = options.store.storage
     if isinstance(storage, Remote) or not (storage / DATABASE).is_file():
-        raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
+        raise UserError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise ValueError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
+        raise UserError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
     prepare_for_pages(storage, print)
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from errors import UserError
 from models.convolution import he_normal
 from models.network import Network
 
@@ -58,14 +59,14 @@ def resnet50_pretrained(in_channels: int, image_size: int, num_classes: int, dro
     from torchvision.models import ResNet50_Weights
 
     if in_channels != 3:
-        raise ValueError(f"resnet50-imagenet:pretrained needs images of 3 channels, not {in_channels}")
+        raise UserError(f"resnet50-imagenet:pretrained needs images of 3 channels, not {in_channels}")
     weights = ResNet50_Weights.IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a damaged file, or one that differs from its hash
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"resnet50-imagenet:pretrained: weights can be neither read from {path} nor fetched from {weights.url}: {reason}"
         ) from error
     trunk = resnet50_trunk(in_channels)

@@ -27,7 +27,7 @@ from methods.mixture import BetaMixture, GaussianMixture, min_max, two_means
 from methods.selc import SELC, SELCConfig
 from methods.sweep import sweep
 from methods.turning_point import TurningPoint
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,

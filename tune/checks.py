@@ -16,6 +16,7 @@ from pathlib import Path
 from data.dataset import Dataset
 from data.processors import num_processors
 from data.views import make_views
+from errors import UserError
 from models import make_model
 from training.locations import AT, Credentials, Location, check_writable
 from tune.cluster.environment import short_folder
@@ -43,18 +44,18 @@ except RuntimeError as error:  # the compiler's own are
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # and their drivers' word for it
 
 
-class TrackingUnavailable(ValueError):
+class TrackingUnavailable(UserError):
     """What is tracked to does not answer; it may do so later."""
 
 
 def check_storage(storage: Location) -> None:
     """ValueError where the storage cannot be made or written, or is a folder that Ray made for a job and removes."""
     if isinstance(storage, Path) and "runtime_resources" in storage.parts:
-        raise ValueError(f"storage {str(storage)!r} is not allowed; Ray removes this folder: give --storage one of your own")
+        raise UserError(f"storage {str(storage)!r} is not allowed; Ray removes this folder: give --storage one of your own")
     try:
         check_writable(storage)
     except (OSError, ValueError) as error:
-        raise ValueError(f"storage {str(storage)!r} cannot be written: {getattr(error, 'strerror', '') or error}") from error
+        raise UserError(f"storage {str(storage)!r} cannot be written: {getattr(error, 'strerror', '') or error}") from error
 
 
 def check_resources(spec: SweepSpec) -> None:
@@ -64,9 +65,9 @@ def check_resources(spec: SweepSpec) -> None:
         return
     if spec.cpus_per_trial > (allowed := num_processors()):
         there = f"this process may use {allowed} of the machine's {os.cpu_count()} CPUs"
-        raise ValueError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; {there}")
+        raise UserError(f"--cpus-per-trial: {spec.cpus_per_trial:g} is not allowed; {there}")
     if spec.gpus_per_trial > num_gpus():
-        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus()} GPUs")
+        raise UserError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; this machine has {num_gpus()} GPUs")
     short_folder()
 
 
@@ -91,7 +92,7 @@ def check_compiler(compiled: str, device: str) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE, device], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ValueError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})")
+        raise UserError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})")
 
 
 def num_gpus() -> int:
@@ -114,7 +115,7 @@ def disregarded(tracked: str) -> bool:
     variable = os.environ.get(VARIABLE, "").strip()
     try:
         return bool(variable) and clean(variable, VARIABLE) != tracked
-    except ValueError:
+    except UserError:
         return True
 
 
@@ -125,22 +126,22 @@ def clean(uri: str, origin: str = FLAG) -> str:
     if kind == "sqlite":
         try:
             return absolute_sqlite_uri(uri)
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
     userinfo, query, shown = Credentials.of(uri)
     names = {name.lower() for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True)}
     if userinfo or query if kind in WEB else ":" in userinfo or not names <= HARMLESS:
         instead = HTTP_LOGIN if kind in WEB else "up an MLflow server in front of the database"
         instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
         what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
-        raise ValueError(f"{origin}: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
+        raise UserError(f"{origin}: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
     if kind in WEB:
         try:
             host, _ = urllib.parse.urlsplit(uri).hostname, urllib.parse.urlsplit(uri).port
         except ValueError as error:
-            raise ValueError(f"{origin}: {shown!r} is not allowed; {error}") from error
+            raise UserError(f"{origin}: {shown!r} is not allowed; {error}") from error
         if not host:
-            raise ValueError(f"{origin}: {shown!r} is not allowed; it names no host")
+            raise UserError(f"{origin}: {shown!r} is not allowed; it names no host")
     return uri
 
 
@@ -158,12 +159,12 @@ def check_tracking(uri: str, origin: str = FLAG) -> None:
         _check_login(uri, source)
     elif path := sqlite_path(uri):
         if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{origin}: {uri!r} is not allowed; folder {str(path.parent)!r} cannot be written")
+            raise UserError(f"{origin}: {uri!r} is not allowed; folder {str(path.parent)!r} cannot be written")
     elif kind in DATABASES:
         _check_database(uri, DATABASES[kind], source)
     else:
         allowed = "give http(s)://HOST:PORT or a database such as sqlite:///FILE"
-        raise ValueError(f"{origin}: {uri!r} is not allowed; {allowed}")
+        raise UserError(f"{origin}: {uri!r} is not allowed; {allowed}")
 
 
 def has_answered(error: Exception) -> bool:
@@ -186,7 +187,7 @@ def _check_login(uri: str, source: str) -> None:
         if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", said):
             raise TrackingUnavailable(f"tracking server {uri}{source} cannot be used: {said}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
-        raise ValueError(f"tracking server {uri}{source} cannot be used: {said}; {login}") from error
+        raise UserError(f"tracking server {uri}{source} cannot be used: {said}; {login}") from error
 
 
 def _check_database(uri: str, timeout: str, source: str) -> None:
@@ -197,5 +198,5 @@ def _check_database(uri: str, timeout: str, source: str) -> None:
         create_engine(uri, connect_args={timeout: PATIENCE}).connect().close()
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        kind = TrackingUnavailable if isinstance(error, (OperationalError, OSError)) else ValueError
+        kind = TrackingUnavailable if isinstance(error, (OperationalError, OSError)) else UserError
         raise kind(f"tracking database {uri.rpartition('@')[2]}{source} cannot be opened: {reason}") from error

@@ -16,6 +16,7 @@ from data.noise import parse_noise
 from data.sources import Source
 from data.split import KINDS as SPLITS
 from data.views import VIEWS
+from errors import UserError
 from hparams import Interval, Value
 from methods import METHODS, find_method
 from models import MODELS
@@ -137,7 +138,7 @@ def read_pairs(name: str, items: object) -> dict[str, str]:
     for item in items if isinstance(items, (list, tuple)) else [items]:
         key, sign, value = str(item).partition("=")
         if not (sign and key.strip() and value.strip()):
-            raise ValueError(f"--{name}: {item!r} is not readable; write NAME=VALUE")
+            raise UserError(f"--{name}: {item!r} is not readable; write NAME=VALUE")
         pairs[key.strip()] = value.strip()
     return pairs
 
@@ -154,7 +155,7 @@ def read_field(name: str, value: object, *, stored: bool = False) -> Any:
     if declared.type == "bool":
         word = str(value).strip().lower()
         if word not in ("true", "false"):
-            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
         return word == "true"
     kind = {"int": int, "float": float, "str": str}[str(declared.type)]
     try:
@@ -166,7 +167,7 @@ def read_field(name: str, value: object, *, stored: bool = False) -> Any:
     legal = declared.metadata["legal"]
     if result is None or (legal and not stored and not (math.isfinite(result) and result in Interval.parse(legal))):
         allowed = f"{'an integer' if kind is int else 'a number'} in {legal}"
-        raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
+        raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
     return result
 
 
@@ -187,17 +188,17 @@ def read_yaml(path: Path, say: Callable[[str], None] = lambda line: None) -> dic
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if content is None:  # empty, or comments only
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
+        raise UserError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
     if is_record(content):
         say(f"{path} is the record of a sweep: what was asked for is taken over, its provenance is not")
         content = {key: value for key, value in content["spec"].items() if value != ""}
     for key in content:
         if key not in FIELDS:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
     return {key: read_field(key, value) for key, value in content.items()}
 
 
@@ -217,13 +218,13 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         spec = dataclasses.replace(spec, method=tuple(fitting))
     for name in spec.method:
         if find_method(name).needs_trusted and not spec.trusted:
-            raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
+            raise UserError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
     source = spec.source()
     if not source.image_size:
         for name in ("image_size", "resize", "background", "follow_links"):
             if value := getattr(spec, name):
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
+                raise UserError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
     noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
     model = spec.model or str(source.defaults["model"])
     for name, value, known in (
@@ -236,11 +237,11 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         ("split", spec.split, ["", *SPLITS]),
     ):
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(filter(None, sorted(known)))}")
+            raise UserError(f"unknown {name} {value!r}; known are {', '.join(filter(None, sorted(known)))}")
     if 0 < spec.gpus_per_trial < 0.0001:
-        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
+        raise UserError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
-        raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
+        raise UserError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
     views = spec.views if stored else spec.views or source.launch_views or source.views
     return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
 
@@ -256,4 +257,4 @@ def check_trusted(spec: SweepSpec) -> None:
     """ValueError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
     for name in spec.method:
         if find_method(name).needs_trusted and spec.trusted < 2:
-            raise ValueError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")
+            raise UserError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")

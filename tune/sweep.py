@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 from optuna.trial import TrialState
 
 from data.dataset import Dataset
+from errors import UserError
 from tune.checks import (
     FLAG,
     TrackingUnavailable,
@@ -117,8 +118,8 @@ def launch(
         if store.files(name).running():
             raise already_running(name, store.files(name).read(LOCK) or "")
         if store.files(name).read(RECORD) is None:
-            raise ValueError(f"sweep name {name!r} is taken in {store.place} by something that is no sweep; choose another one")
-        raise ValueError(f"{store.taken(name)}; go on with: {command}")
+            raise UserError(f"sweep name {name!r} is taken in {store.place} by something that is no sweep; choose another one")
+        raise UserError(f"{store.taken(name)}; go on with: {command}")
     tracking, origin = launch_tracking(spec.tracking)
     spec = dataclasses.replace(spec, tracking=tracking)
     space = Space(spec)
@@ -166,7 +167,7 @@ def check_data(sweep: Sweep, spec: SweepSpec) -> None:
     """ValueError where images, labels or split are not those of the launch."""
     before, now = sweep.provenance["data"], dataset_of(spec).fingerprint
     if now != before:
-        raise ValueError(f"the data changed since {sweep.name!r} was launched: its checksum {before[:12]} is now {now[:12]}")
+        raise UserError(f"the data changed since {sweep.name!r} was launched: its checksum {before[:12]} is now {now[:12]}")
 
 
 def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outcome:
@@ -187,7 +188,7 @@ def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outc
     if spec.trials < sweep.spec.trials:
         ledger = Ledger(sweep, read_only=True)
         if spec.trials < (num_begun := ledger.num_counted() + len(ledger.unfinished())):
-            raise ValueError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
+            raise UserError(f"--trials: {spec.trials} is not allowed; {num_begun} trials of {name!r} have begun already")
     try:
         check_tracking(tracking_uri(sweep.storage, spec.tracking))
     except TrackingUnavailable as error:
@@ -223,7 +224,7 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
     best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
     if not best:
         advice = "all were stopped, diverged or failed" if searched.is_finished else f"finish it with: {resume_command(sweep)}"
-        raise ValueError(f"sweep {name!r} has no complete trial; {advice}")
+        raise UserError(f"sweep {name!r} has no complete trial; {advice}")
     check_data(sweep, sweep.spec)
     command = command_line("retrain", sweep.files.store, sweep.name, "--top", top, "--seeds", num_seeds)
     with sweep.files.lock(command):
@@ -267,7 +268,7 @@ def stop(name: str, store: Path | SweepStore, patience: float = 60.0) -> int:
         command = sweep.files.command() or resume_command(sweep)
         request.touch()
         time.sleep(0.3)
-    raise ValueError(f"sweep {name!r} did not stop within {patience:.0f} s")
+    raise UserError(f"sweep {name!r} did not stop within {patience:.0f} s")
 
 
 # -- running ----------------------------------------------------------------------------------------------------------

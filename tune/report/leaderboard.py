@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from optuna.trial import TrialState
 
+from errors import UserError
 from tune.search.budget import HOUR, Usage, short_number
 from tune.search.ledger import SWEEP, Ledger, Record
 from tune.search.recipes import of_trial
@@ -252,7 +253,7 @@ def sweep_lines(store: SweepStore) -> list[str]:
         try:
             sweep = Sweep.find(store, name)
             ledger = Ledger(sweep, read_only=True)
-        except ValueError:
+        except UserError:
             lines.append([name, "damaged", "", "", "", f"see: best {name}"])
             continue
         best = ledger.best()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from optuna.trial import TrialState
 
-from training.experiment import EpochRecord
+from training.epoch_record import EpochRecord
 from training.locations import names, remove
 from training.watchdog import last_words
 from tune.search.ledger import Ledger, Record

@@ -20,8 +20,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from data.seeds import derive
+from errors import UserError
 from hparams import Value
-from training.experiment import EpochRecord
+from training.epoch_record import EpochRecord
 from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget, Usage
 from tune.search.sampler import Distinct, GroupedTPE
 from tune.search.space import Space
@@ -107,7 +108,7 @@ class Ledger:
         if create and kind not in names:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
         elif kind not in names:
-            raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
+            raise UserError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
         self._read()

@@ -11,6 +11,7 @@ import yaml
 
 from data.cache import open_table
 from data.dataset import Dataset, DataSpec
+from errors import UserError
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
@@ -48,7 +49,7 @@ def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
     wrong."""
     spec = make_spec(flags)
     if len(spec.method) != 1:
-        raise ValueError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
+        raise UserError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
     space, method = Space(spec), spec.method[0]
     check_trusted(spec)
     defaults, _ = space.defaults(method, spec, dataset(spec, download=download).num_classes)
@@ -60,16 +61,16 @@ def from_yaml(path: Path) -> Recipe:
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     fields = dataclasses.fields(Recipe)
     names, needed = [f.name for f in fields], {f.name for f in fields if f.default is dataclasses.MISSING}
     if not isinstance(content, dict) or not needed <= set(content) <= set(names) or not isinstance(content.get("values"), dict):
-        raise ValueError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
+        raise UserError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
     known = declared(find_method(str(content["method"])).Config)
     values = {}
     for name, value in content.pop("values").items():
         if name not in known:
-            raise ValueError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
+            raise UserError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
         values[name] = known[name].parse(value)
     method, table = str(content.pop("method")), str(content.pop("table", ""))
     held = {name: read_field(name, value) for name, value in content.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from errors import UserError
 from hparams import Hyperparameter, Range, Value, build, declared, inherited
 from methods import find_method
 from methods.base import Config
@@ -65,9 +66,9 @@ class Space:
         for flag, pairs in (("set", spec.set), ("range", spec.range)):
             for name in pairs:
                 if name not in used:
-                    raise ValueError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
+                    raise UserError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
                 if flag == "set" and name in spec.range:
-                    raise ValueError(f"{name} has both a value and a range; give --set or --range")
+                    raise UserError(f"{name} has both a value and a range; give --set or --range")
         self.groups = self._groups()
         sizes = [self._size(method) for method in self.methods]
         self.size = sum(size for size in sizes if size) if all(sizes) else None  # configurations; None: no end of them

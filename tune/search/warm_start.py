@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from optuna.trial import TrialState
 
+from errors import UserError
 from hparams import Value
 from tune.search.ledger import Ledger, Record
 from tune.search.space import Space
@@ -34,7 +35,7 @@ def warm_start(old: str, store: Path | SweepStore, spec: SweepSpec, space: Space
     ledger = Ledger(sweep, read_only=True)
     best = [record for record in ledger.leaderboard() if record.state is TrialState.COMPLETE][:TAKEN]
     if not best:
-        raise ValueError(f"--from: sweep {old!r} has no complete trial to start from")
+        raise UserError(f"--from: sweep {old!r} has no complete trial to start from")
     taken: dict[int, dict[str, Value]] = {}
     lines = []
     for record in best:
@@ -59,7 +60,7 @@ def _find(old: str, store: SweepStore) -> Sweep:
     if (folder / RECORD).is_file():
         return Sweep.find(FolderStore(folder.parent), folder.name)
     known = ", ".join(store.names()) or "none"
-    raise ValueError(f"--from: {old!r} is no sweep in {store.place} and no folder of one; there are: {known}")
+    raise UserError(f"--from: {old!r} is no sweep in {store.place} and no folder of one; there are: {known}")
 
 
 def _translated(record: Record, old: Space, new: Space, spec: SweepSpec, num_classes: int) -> tuple[dict[str, Value], str]:
