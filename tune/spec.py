@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from data.dataset import DataSpec
-from data.noise import parse_noise
-from data.sources import Source
-from data.split import KINDS as SPLITS
-from data.views import VIEWS
+from data.names import OWN_IMAGES, SPLITS, VIEW_DESCRIPTIONS
+from data.noise_spec import parse_noise
+from data.sources import Source, check_name
+from data.spec import DataSpec
 from errors import UserError
 from hparams import Interval, Value
 from methods import METHODS, find_method
+from methods import check_name as check_method
 from models import MODELS
 
 MAX_LOST = 3  # processes that a trial may lose without a new epoch in between before it counts as failed
@@ -131,7 +131,7 @@ EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
 def read_pairs(name: str, items: object) -> dict[str, str]:
-    """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. ValueError names the item that is neither."""
+    """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. UserError names the item that is neither."""
     if isinstance(items, Mapping):
         return {str(k): ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in items.items()}
     pairs = {}
@@ -144,7 +144,7 @@ def read_pairs(name: str, items: object) -> dict[str, str]:
 
 
 def read_field(name: str, value: object, *, stored: bool = False) -> Any:
-    """One field's value from a flag or from YAML, checked. ValueError names the value and what is allowed. One that is
+    """One field's value from a flag or from YAML, checked. UserError names the value and what is allowed. One that is
     ``stored`` was allowed when its sweep was launched."""
     declared = FIELDS[name]
     if name in ("set", "range"):
@@ -184,7 +184,7 @@ class SpecLoader(yaml.BaseLoader):
 
 def read_yaml(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """A spec file as field values: KEY: VALUE lines, or the record of a sweep, ``sweep.yaml``, of whose fields those that say
-    something are taken. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
+    something are taken. UserError for a file that cannot be read, is no mapping, or has an unknown key."""
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -208,28 +208,30 @@ def is_record(content: object) -> bool:
 
 
 def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
-    """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong.
+    """A checked spec with the data set's own noise and network filled in. UserError names what is wrong.
 
-    What a record does not say that is ``stored`` is what was done before it could be said: its views stay "auto".
+    One that is ``stored`` was made whole and checked when its sweep was launched, so that it is read without asking its data
+    set. What a record of an earlier version does not say is what was done before it could be said: its views stay "auto".
     """
     spec = SweepSpec(**values)
     if spec.method == ("all",):
         fitting = [name for name, method in METHODS.items() if spec.trusted or not method.needs_trusted]
         spec = dataclasses.replace(spec, method=tuple(fitting))
     for name in spec.method:
-        if find_method(name).needs_trusted and not spec.trusted:
-            raise UserError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
-    source = spec.source()
-    if not source.image_size:
-        for name in ("image_size", "resize", "background", "follow_links"):
-            if value := getattr(spec, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
-    noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
-    model = spec.model or str(source.defaults["model"])
+        check_method(name)
+    if not stored:
+        require_trusted(spec)
+    has_size = check_name(spec.data) not in OWN_IMAGES
+    for name in ("image_size", "resize", "background", "follow_links") if has_size else ():
+        if value := getattr(spec, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
+    if not (stored and spec.noise and spec.model and (spec.image_size or has_size)):
+        spec = _completed(spec, stored)
+    spec = dataclasses.replace(spec, noise=str(parse_noise(spec.noise)))
     for name, value, known in (
-        ("model", model, list(MODELS)),
-        ("views", spec.views, ["", *VIEWS]),
+        ("model", spec.model, list(MODELS)),
+        ("views", spec.views, ["", *VIEW_DESCRIPTIONS]),
         ("precision", spec.precision, ["auto", "float32", "bfloat16"]),
         ("compile", spec.compile, ["off", "on"]),
         ("sampler", spec.sampler, ["tpe", "random"]),
@@ -242,8 +244,20 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         raise UserError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
         raise UserError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
-    views = spec.views if stored else spec.views or source.launch_views or source.views
-    return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
+    return spec
+
+
+def _completed(spec: SweepSpec, stored: bool) -> SweepSpec:
+    """The spec with what its data set says where the user says nothing."""
+    source = spec.source()
+    return dataclasses.replace(
+        spec,
+        data=source.name,
+        image_size=source.image_size,
+        noise=spec.noise or str(source.defaults["noise"]),
+        model=spec.model or str(source.defaults["model"]),
+        views=spec.views if stored else spec.views or source.launch_views or source.views,
+    )
 
 
 def set_before(read: Mapping[str, Any]) -> dict[str, str]:
@@ -253,8 +267,15 @@ def set_before(read: Mapping[str, Any]) -> dict[str, str]:
     return {**{name: v for name, v in own.items() if not {name, name.partition(".")[2]} & set(given)}, **read.get("set", {})}
 
 
+def require_trusted(spec: SweepSpec) -> None:
+    """UserError where a method learns from samples with clean labels, too, and is to get none."""
+    for name in spec.method:
+        if find_method(name).needs_trusted and not spec.trusted:
+            raise UserError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
+
+
 def check_trusted(spec: SweepSpec) -> None:
-    """ValueError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
+    """UserError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
     for name in spec.method:
         if find_method(name).needs_trusted and spec.trusted < 2:
             raise UserError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")

@@ -8,7 +8,7 @@ from data.dataset import Dataset
 from data.names import VIEW_DESCRIPTIONS
 from data.noise import NoiseReport, parse_noise
 from methods import METHODS
-from methods.base import first_epoch
+from methods.clock import first_epoch
 from tune.search.space import Space
 from tune.spec import SweepSpec
 

@@ -8,16 +8,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from optuna.trial import TrialState
 
 from errors import UserError
 from tune.search.budget import HOUR, Usage, short_number
 from tune.search.ledger import SWEEP, Ledger, Record
-from tune.search.recipes import of_trial
 from tune.search.rungs import Rungs
 from tune.store.base import SweepStore
 from tune.store.stored_sweep import Sweep
+
+NOTES = "tracker.jsonl"  # in a sweep's folder: which of MLflow's runs is which trial's
+
+
+def noted_runs(ledger: Ledger) -> dict[int, str]:
+    """MLflow's run id of each trial, as far as they were noted."""
+    return {note["trial"]: note["run"] for note in ledger.lines(NOTES).read() if "trial" in note}
 
 
 def rows(ledger: Ledger, runs: Mapping[int, str], records: Sequence[Record] | None = None) -> list[dict[str, Any]]:
@@ -151,12 +156,6 @@ def markdown_table(board: list[dict[str, Any]]) -> str:
     table = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     table += ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join(table) + f"\n\n{meaning}."
-
-
-def best_config_text(ledger: Ledger, record: Record) -> str:
-    """A trial's recipe as YAML, which ``search.py train`` runs again."""
-    held = vars(of_trial(ledger, record))
-    return f"# {ledger.sweep.name}, trial {record.number}\n" + yaml.safe_dump(dict(held), sort_keys=False)
 
 
 def plots_page(ledger: Ledger) -> str:

@@ -10,14 +10,15 @@ from typing import Any
 import yaml
 
 from data.cache import open_table
-from data.dataset import Dataset, DataSpec
+from data.dataset import Dataset
+from data.spec import DataSpec
 from errors import UserError
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
 from tune.search.ledger import Ledger, Record
 from tune.search.space import Space
-from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field
+from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field, require_trusted
 
 
 def of_trial(ledger: Ledger, record: Record) -> Recipe:
@@ -25,6 +26,12 @@ def of_trial(ledger: Ledger, record: Record) -> Recipe:
     noise_seed = ledger.sweep.spec.noise_seed + record.attrs.get("noise_draw", 0)
     recipe = _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
     return dataclasses.replace(recipe, table=ledger.sweep.provenance.get("table", ""))
+
+
+def best_config_text(ledger: Ledger, record: Record) -> str:
+    """A trial's recipe as YAML, which ``search.py train`` runs again."""
+    recipe = vars(of_trial(ledger, record))
+    return f"# {ledger.sweep.name}, trial {record.number}\n" + yaml.safe_dump(dict(recipe), sort_keys=False)
 
 
 def prepare(spec: DataSpec, *, download: bool = False) -> None:
@@ -45,7 +52,7 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
 
 
 def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
-    """What ``train`` runs for flags, its data set ready: defaults depend on the number of classes. ValueError names what is
+    """What ``train`` runs for flags, its data set ready: defaults depend on the number of classes. UserError names what is
     wrong."""
     spec = make_spec(flags)
     if len(spec.method) != 1:
@@ -57,7 +64,7 @@ def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
 
 
 def from_yaml(path: Path) -> Recipe:
-    """What ``train`` runs for a file that a sweep wrote. ValueError names what is wrong."""
+    """What ``train`` runs for a file that a sweep wrote. UserError names what is wrong."""
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,5 +81,5 @@ def from_yaml(path: Path) -> Recipe:
         values[name] = known[name].parse(value)
     method, table = str(content.pop("method")), str(content.pop("table", ""))
     held = {name: read_field(name, value) for name, value in content.items()}
-    make_spec({**held, "method": (method,)}, stored=True)
+    require_trusted(make_spec({**held, "method": (method,)}, stored=True))
     return Recipe(method=method, values=values, table=table, **held)

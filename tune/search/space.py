@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from errors import UserError
 from hparams import Hyperparameter, Range, Value, build, declared, inherited
 from methods import find_method
-from methods.base import Config
+from methods.config import Config
 from tune.spec import SweepSpec
 
 
