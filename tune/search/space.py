@@ -52,15 +52,16 @@ class Parameter:
 
 
 class Space:
-    """The conditional space of a sweep's methods. Raises ValueError for a name, value or range that means nothing."""
+    """The conditional space of a sweep's methods. Raises UserError for a name, value or range that means nothing."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self.methods = spec.method
         self.parameters: dict[str, list[Parameter]] = {}
         used: set[str] = set()
+        of_source = spec.source_defaults()
         for method in spec.method:
             self.parameters[method] = [
-                self._parameter(method, name, hyperparameter, spec, used)
+                self._parameter(method, name, hyperparameter, spec, of_source, used)
                 for name, hyperparameter in declared(find_method(method).Config).items()
             ]
         for flag, pairs in (("set", spec.set), ("range", spec.range)):
@@ -78,11 +79,20 @@ class Space:
         counts = [parameter.count for parameter in self.parameters[method]]
         return math.prod(count for count in counts if count) if all(counts) else None
 
-    def _parameter(self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]) -> Parameter:
+    def _parameter(
+        self,
+        method: str,
+        field: str,
+        hyperparameter: Hyperparameter,
+        spec: SweepSpec,
+        of_source: Mapping[str, Value],
+        used: set[str],
+    ) -> Parameter:
+        """A method's field in the space; its names are added to ``used``."""
         own = f"{method}.{field}"
         special = own in spec.set or own in spec.range
         shared = field in inherited(find_method(method).Config, Config) and not (special and len(spec.method) > 1)
-        fixed = spec.source_defaults().get(field, hyperparameter.default)
+        fixed = of_source.get(field, hyperparameter.default)
         searched = hyperparameter.search
         for key in (field, own):  # what names the method is said last
             if key in spec.set:
@@ -204,10 +214,11 @@ class Space:
         excludes it, and a line for each that was moved."""
         params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
         moved = []
+        of_source = spec.source_defaults()
         for parameter in self.parameters[method]:
             if parameter.range is None:
                 continue
-            published = spec.source_defaults().get(parameter.field, parameter.declared.default_for(num_classes))
+            published = of_source.get(parameter.field, parameter.declared.default_for(num_classes))
             nearest = parameter.range.nearest(published)
             params[parameter.name] = nearest
             if nearest != published:
