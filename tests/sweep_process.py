@@ -18,7 +18,7 @@ import psutil
 
 from tests.sweeps import make_sweep, play
 from tune.report import leaderboard as report
-from tune.report.projection import noted_runs
+from tune.report.leaderboard import noted_runs
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.search.recipes import dataset

@@ -143,7 +143,7 @@ def test_published_defaults_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     spec = make_spec({"method": ("ce",), "model": "mlp", "sampler": "random", "trials": 6})
     default, _ = Space(spec).defaults("ce", spec)
     finished(tmp_path, "old", [(ce(0.1), 0.9), (default if default_is_taken else ce(0.02), 0.8)])
-    monkeypatch.setattr(verbs, "execute", lambda sweep, kind, command: verbs.Outcome(0))
+    monkeypatch.setattr(verbs, "execute", lambda *_: verbs.Outcome(0))
     verbs.launch("new", tmp_path, spec, old="old")
     sweep = Sweep.find(tmp_path, "new")
     assert sweep.provenance["from"] == {"sweep": "old", "id": "old-0123456789abcdef", "trials": [0, 1]}
@@ -170,7 +170,7 @@ def test_published_defaults_are_those_for_the_number_of_classes(
     tmp_path: Path, forty_classes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the first trial of a sweep, in what a warm start lacks, and in ``train``."""
-    monkeypatch.setattr(verbs, "execute", lambda sweep, kind, command: verbs.Outcome(0))
+    monkeypatch.setattr(verbs, "execute", lambda *_: verbs.Outcome(0))
     old = {"lr": 0.01, "weight_decay": 0.001, "sce.alpha": 3.0}
     finished(tmp_path, "old", [(old, 0.9)], method=("sce",), set={"sce.beta": "1"})
     fields = {"method": ("sce",), "model": "mlp", "data": forty_classes, "noise": "none"}
