@@ -12,6 +12,7 @@ import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -94,7 +95,11 @@ class Ledger:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
         trials = self.study.get_trials(deepcopy=False)
         self.num_stored = len(trials)  # those in the queue, too
-        self._names = {name for trial in trials for name in trial.params}
+        self._first_ends: dict[str, datetime] = {}  # when the first trial ended that has a parameter of that name
+        for trial in trials:
+            if ended := trial.datetime_complete:
+                for name in trial.params:
+                    self._first_ends[name] = min(ended, self._first_ends.get(name, ended))
         self._speaks_for_itself = self.read_only and speaks_for_itself(trials, self.sweep.spec.method)
         self.size = None if self._speaks_for_itself else self.space.size  # configurations of the space; None: no end of them
         for trial in trials:
@@ -150,8 +155,10 @@ class Ledger:
 
     def _values(self, trial: optuna.trial.FrozenTrial) -> dict[str, Value]:
         """All fields of a trial's Config; none while its proposal is being written. DamagedFile where it lacks some."""
+        ended = trial.datetime_complete  # a parameter that only later trials have is newer than this one
+        names = {name for name, first in self._first_ends.items() if first < ended} if ended else None
         try:
-            return self.space.read(trial.params, self._names if trial.state.is_finished() else None)[1]
+            return self.space.read(trial.params, names)[1]
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
                 raise self._damaged(trial) from error

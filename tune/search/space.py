@@ -175,8 +175,8 @@ class Space:
     def read(self, params: Mapping[str, Value], stored: Container[str] | None = None) -> tuple[str, dict[str, Value]]:
         """What :meth:`suggest` gave for a stored trial's parameters, without a trial, also where ranges were others then.
 
-        ``stored``: the names that trials of the study have; a hyperparameter that is not among them is newer than the study,
-        and has its default. ValueError where another one is missing, or a value is not legal.
+        ``stored``: the names that earlier trials of the study have; a hyperparameter that is not among them is newer than the
+        trial, and has its default. ValueError where another one is missing, or a value is not legal.
         """
         method = str(params.get("method")) if len(self.methods) > 1 else self.methods[0]
         if method not in self.parameters:
