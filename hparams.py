@@ -126,14 +126,14 @@ class Hyperparameter:
         return f"{'an integer' if self.type is int else 'a number'} in {self.legal.text}"
 
     def check(self, value: Value) -> Value:
-        """Returns ``value``; ValueError where it is not legal."""
+        """Returns ``value``; UserError where it is not legal."""
         good = value in self.choices if self.legal is None else is_finite(value) and float(value) in self.legal
         if not good:
             raise UserError(f"{self.name}: {value!r} is not allowed; it must be {self.allowed}")
         return value
 
     def parse(self, text: object) -> Value:
-        """Reads a value as a user writes it (``--set``, YAML). ValueError names the value and what is allowed."""
+        """Reads a value as a user writes it (``--set``, YAML). UserError names the value and what is allowed."""
         word = str(text).strip()
         if self.type is bool:
             value: Any = {"true": True, "false": False}.get(word.lower())
@@ -149,7 +149,7 @@ class Hyperparameter:
         return self.check(value)
 
     def parse_range(self, text: str) -> Range:
-        """Reads ``a,b,c`` or, for numbers, ``low:high``, ``low:high:log`` or ``low:high:step``. ValueError where it is empty or
+        """Reads ``a,b,c`` or, for numbers, ``low:high``, ``low:high:log`` or ``low:high:step``. UserError where it is empty or
         illegal."""
         if self.legal is None:
             return Range(choices=self._parse_choices(text))
@@ -235,7 +235,7 @@ def inherited(config: type, base: type) -> set[str]:
 
 
 def build(config: type[C], values: Mapping[str, Value]) -> C:
-    """A Config with ``values`` over its defaults, every value checked. ValueError for an unknown name or bad value."""
+    """A Config with ``values`` over its defaults, every value checked. UserError for an unknown name or bad value."""
     known = declared(config)
     for name, value in values.items():
         if name not in known:

@@ -49,7 +49,7 @@ class TrackingUnavailable(UserError):
 
 
 def check_storage(storage: Location) -> None:
-    """ValueError where the storage cannot be made or written, or is a folder that Ray made for a job and removes."""
+    """UserError where the storage cannot be made or written, or is a folder that Ray made for a job and removes."""
     if isinstance(storage, Path) and "runtime_resources" in storage.parts:
         raise UserError(f"storage {str(storage)!r} is not allowed; Ray removes this folder: give --storage one of your own")
     try:
@@ -59,7 +59,7 @@ def check_storage(storage: Location) -> None:
 
 
 def check_resources(spec: SweepSpec) -> None:
-    """ValueError where a trial asks for more than this machine has, or Ray has no place for its sockets here. A cluster is
+    """UserError where a trial asks for more than this machine has, or Ray has no place for its sockets here. A cluster is
     asked when it is connected to."""
     if address_of(spec):
         return
@@ -72,26 +72,26 @@ def check_resources(spec: SweepSpec) -> None:
 
 
 def check_network(spec: SweepSpec, dataset: Dataset) -> None:
-    """ValueError where the network does not take such images, or its pretrained weights cannot be had."""
+    """UserError where the network does not take such images, or its pretrained weights cannot be had."""
     channels, side = dataset.input_shape
     make_model(spec.model, in_channels=channels, image_size=side, num_classes=dataset.num_classes, dropout=0.0)
 
 
 def check_views(space: Space, dataset: Dataset) -> None:
-    """ValueError where a trial could draw views that cannot be made of such images."""
+    """UserError where a trial could draw views that cannot be made of such images."""
     _, side = dataset.input_shape
     for name in space.views() - {"auto"}:
         make_views(dataset.mean, dataset.std, dataset.train.images.shape[2], name, side)
 
 
 def check_compiler(compiled: str, device: str) -> None:
-    """ValueError where networks are to be compiled and this machine cannot do that: a first function is, in about 20 s, in a
+    """UserError where networks are to be compiled and this machine cannot do that: a first function is, in about 20 s, in a
     process of its own, since a driver that has used a GPU holds some of its memory."""
     if compiled == "off":
         return
-    done = subprocess.run([sys.executable, "-c", COMPILE, device], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    process = subprocess.run([sys.executable, "-c", COMPILE, device], capture_output=True, text=True, check=False)
+    if process.returncode:
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         raise UserError(f"--compile: 'on' is not allowed; this machine cannot compile ({reason})")
 
 
@@ -104,7 +104,7 @@ def num_gpus() -> int:
 
 def launch_tracking(asked: str) -> tuple[str, str]:
     """The tracking URI of a new sweep, clean and empty for the storage's own database, and what asked for it: the flag (or the
-    spec file), else MLflow's own variable. ValueError as ``clean``."""
+    spec file), else MLflow's own variable. UserError as ``clean``."""
     variable = os.environ.get(VARIABLE, "").strip()
     origin = VARIABLE if variable and not asked else FLAG
     return clean(asked or variable, origin), origin
@@ -120,7 +120,7 @@ def disregarded(tracked: str) -> bool:
 
 
 def clean(uri: str, origin: str = FLAG) -> str:
-    """A tracking URI that means the same from any working directory. ValueError where it holds a password or what may be one,
+    """A tracking URI that means the same from any working directory. UserError where it holds a password or what may be one,
     which everybody could read in the list of processes, and which would be stored; it begins with ``origin``."""
     kind = kind_of(uri)
     if kind == "sqlite":
@@ -146,7 +146,7 @@ def clean(uri: str, origin: str = FLAG) -> str:
 
 
 def check_tracking(uri: str, origin: str = FLAG) -> None:
-    """ValueError where ``uri``, which ``origin`` gave, is not a tracking URI; TrackingUnavailable where what it names does not
+    """UserError where ``uri``, which ``origin`` gave, is not a tracking URI; TrackingUnavailable where what it names does not
     answer within seconds."""
     kind, source = kind_of(uri), "" if origin == FLAG else f" of {origin}"
     if kind in WEB:
@@ -183,11 +183,11 @@ def _check_login(uri: str, source: str) -> None:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
-        said = str(error).strip().splitlines()[0][:200]
-        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", said):
-            raise TrackingUnavailable(f"tracking server {uri}{source} cannot be used: {said}") from error
+        message = str(error).strip().splitlines()[0][:200]
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED") and not re.search(r"\b40[13]\b", message):
+            raise TrackingUnavailable(f"tracking server {uri}{source} cannot be used: {message}") from error
         login = f"a login comes from {HTTP_LOGIN}, or from {HTTP_TOKEN}"
-        raise UserError(f"tracking server {uri}{source} cannot be used: {said}; {login}") from error
+        raise UserError(f"tracking server {uri}{source} cannot be used: {message}; {login}") from error
 
 
 def _check_database(uri: str, timeout: str, source: str) -> None:

@@ -97,23 +97,23 @@ class SweepSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in ``sweep.yaml``."""
-        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for name, v in held.items()}
+        values = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
+        return {name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for name, v in values}
 
     def rungs(self) -> list[int]:
         """Epochs at which ASHA decides, ascending; empty without a scheduler."""
         if self.scheduler == "none":
             return []
-        rung, found = self.grace_epochs or max(1, math.ceil(self.epochs / 10)), []
+        rung, rungs = self.grace_epochs or max(1, math.ceil(self.epochs / 10)), []
         while rung < self.epochs:
-            found.append(rung)
+            rungs.append(rung)
             rung *= self.reduction_factor
-        return found
+        return rungs
 
     def source_defaults(self) -> dict[str, Value]:
         """Config values that the data set brings, for the fields that every method has."""
-        found = {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
-        return {**found, "views": self.views} if self.views else found
+        defaults = {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
+        return {**defaults, "views": self.views} if self.views else defaults
 
     def source(self) -> Source:
         """Where its data come from."""
@@ -146,25 +146,25 @@ def read_pairs(name: str, items: object) -> dict[str, str]:
 def read_field(name: str, value: object, *, stored: bool = False) -> Any:
     """One field's value from a flag or from YAML, checked. UserError names the value and what is allowed. One that is
     ``stored`` was allowed when its sweep was launched."""
-    declared = FIELDS[name]
+    declaration = FIELDS[name]
     if name in ("set", "range"):
         return read_pairs(name, value)
     if name == "method":
         words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
         return tuple(dict.fromkeys(words))
-    if declared.type == "bool":
+    if declaration.type == "bool":
         word = str(value).strip().lower()
         if word not in ("true", "false"):
             raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
         return word == "true"
-    kind = {"int": int, "float": float, "str": str}[str(declared.type)]
+    kind = {"int": int, "float": float, "str": str}[str(declaration.type)]
     try:
         result = kind(str(value).strip())
         if kind is int:
             float(result)  # what does not fit into a float is no number of anything
     except (ValueError, OverflowError):
         result = None
-    legal = declared.metadata["legal"]
+    legal = declaration.metadata["legal"]
     if result is None or (legal and not stored and not (math.isfinite(result) and result in Interval.parse(legal))):
         allowed = f"{'an integer' if kind is int else 'a number'} in {legal}"
         raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
@@ -262,9 +262,10 @@ def _completed(spec: SweepSpec, stored: bool) -> SweepSpec:
 
 def set_before(read: Mapping[str, Any]) -> dict[str, str]:
     """The fixed values of a record of the version before, and those that its methods had by default and have no more."""
-    given = {**read.get("set", {}), **read.get("range", {})}
-    own = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
-    return {**{name: v for name, v in own.items() if not {name, name.partition(".")[2]} & set(given)}, **read.get("set", {})}
+    in_record = {**read.get("set", {}), **read.get("range", {})}
+    by_default = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
+    unsaid = {name: value for name, value in by_default.items() if not {name, name.partition(".")[2]} & set(in_record)}
+    return {**unsaid, **read.get("set", {})}
 
 
 def require_trusted(spec: SweepSpec) -> None:

@@ -60,13 +60,13 @@ def _commit() -> str:
 
 def _provenance(dataset: Dataset) -> dict[str, Any]:
     noise = dataset.noise
-    found = {"noise_rate": round(noise.realised_rate, 6), "noise_labels": noise.label_checksum} if noise else {}
+    noise_fields = {"noise_rate": round(noise.realised_rate, 6), "noise_labels": noise.label_checksum} if noise else {}
     return {
         "id": uuid.uuid4().hex,
         "created": round(time.time(), 3),
         "data": dataset.fingerprint,
         "table": dataset.checksum,
-        **found,
+        **noise_fields,
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -136,10 +136,10 @@ def create(name: str, store: SweepStore, spec: SweepSpec, space: Space, dataset:
         for params in warm.params:
             ledger.enqueue(params)
         for method in spec.method:
-            params, moved = space.defaults(method, spec, dataset.num_classes)
+            params, notes = space.defaults(method, spec, dataset.num_classes)
             if params not in warm.params:
                 ledger.enqueue(params)
-            for line in moved:
+            for line in notes:
                 print(line)
         if dataset.damage:
             files.write(DAMAGED, "".join(f"{reason}\n" for reason in dataset.damage.values()))
@@ -224,8 +224,8 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
 def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:
     """Adds the pairs of a configuration and a seed that a retraining lacks; one that failed is tried again."""
     trials = ledger.study.get_trials(deepcopy=False)
-    known = {(t.user_attrs["source"], t.user_attrs["seed"]) for t in trials if t.state is not TrialState.FAIL}
+    existing = {(t.user_attrs["source"], t.user_attrs["seed"]) for t in trials if t.state is not TrialState.FAIL}
     for seed in range(num_seeds):
         for record in best:
-            if (record.number, seed) not in known:
+            if (record.number, seed) not in existing:
                 ledger.enqueue(record.params, {"source": record.number, "seed": seed, "noise_draw": seed + 1})

@@ -200,10 +200,10 @@ class Ledger:
             return [trials]
         spec, usage = self.sweep.spec, self.account.usage
         hours, gpu_hours = max(usage.seconds, clock) / HOUR, usage.gpu_seconds / HOUR
-        found = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
+        budgets = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
         if self.size is not None and self.size < trials.limit + self.count(TrialState.FAIL):  # the rest cannot count
-            found.append(Budget(CONFIGURATIONS, len(self.taken), self.size))
-        return found
+            budgets.append(Budget(CONFIGURATIONS, len(self.taken), self.size))
+        return budgets
 
     @property
     def is_finished(self) -> bool:
@@ -215,8 +215,8 @@ class Ledger:
 
     def seed(self, record: Record) -> int:
         """Initialisation and order of a trial: from (sweep seed, trial number), or what retraining asked for."""
-        asked = record.attrs.get("seed")
-        return derive("trial", self.sweep.spec.seed, record.number if asked is None else f"retrain-{asked}")
+        retrain_seed = record.attrs.get("seed")
+        return derive("trial", self.sweep.spec.seed, record.number if retrain_seed is None else f"retrain-{retrain_seed}")
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -265,8 +265,8 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        told = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
-        self.study.tell(told, values=values, state=state)
+        trial = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
+        self.study.tell(trial, values=values, state=state)
         ended = self.study._storage.get_trial(record.trial_id).datetime_complete
         assert ended is not None
         with self.lock:

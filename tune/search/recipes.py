@@ -73,13 +73,13 @@ def from_yaml(path: Path) -> Recipe:
     names, needed = [f.name for f in fields], {f.name for f in fields if f.default is dataclasses.MISSING}
     if not isinstance(content, dict) or not needed <= set(content) <= set(names) or not isinstance(content.get("values"), dict):
         raise UserError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
-    known = declared(find_method(str(content["method"])).Config)
+    hyperparameters = declared(find_method(str(content["method"])).Config)
     values = {}
     for name, value in content.pop("values").items():
-        if name not in known:
-            raise UserError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
-        values[name] = known[name].parse(value)
+        if name not in hyperparameters:
+            raise UserError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(hyperparameters)}")
+        values[name] = hyperparameters[name].parse(value)
     method, table = str(content.pop("method")), str(content.pop("table", ""))
-    held = {name: read_field(name, value) for name, value in content.items()}
-    require_trusted(make_spec({**held, "method": (method,)}, stored=True))
-    return Recipe(method=method, values=values, table=table, **held)
+    others = {name: read_field(name, value) for name, value in content.items()}
+    require_trusted(make_spec({**others, "method": (method,)}, stored=True))
+    return Recipe(method=method, values=values, table=table, **others)

@@ -52,8 +52,8 @@ class Record:
     @property
     def summary(self) -> dict[str, Any]:
         """What was noted at its end; a kill may leave that of a trial that runs on, and it does not count."""
-        held: dict[str, Any] = self.attrs.get("summary", {}) if self.finished else {}
-        return held
+        summary: dict[str, Any] = self.attrs.get("summary", {}) if self.finished else {}
+        return summary
 
     @property
     def status(self) -> str:
@@ -75,8 +75,8 @@ def speaks_for_itself(trials: Sequence[FrozenTrial], methods: tuple[str, ...]) -
         if trial.state.is_finished():
             method = str(trial.params.get("method")) if len(methods) > 1 else methods[0]
             names.setdefault(method, set()).add(frozenset(trial.params))
-    drawn = [one for trial in trials for one in trial.distributions.values()]
-    endless = any(isinstance(one, FloatDistribution) and one.step is None and not one.single() for one in drawn)
+    distributions = [one for trial in trials for one in trial.distributions.values()]
+    endless = any(isinstance(one, FloatDistribution) and one.step is None and not one.single() for one in distributions)
     return endless and set(names) <= set(methods) and all(len(alike) == 1 for alike in names.values())
 
 

@@ -33,17 +33,17 @@ class Parameter:
     @property
     def distribution(self) -> BaseDistribution | None:
         """What Optuna draws it from; None where its value is fixed, or the range holds only one."""
-        drawn = self.range
-        if drawn is None:
+        limits = self.range
+        if limits is None:
             return None
-        found: BaseDistribution
-        if drawn.choices:
-            found = CategoricalDistribution(drawn.choices)
+        distribution: BaseDistribution
+        if limits.choices:
+            distribution = CategoricalDistribution(limits.choices)
         elif self.declared.type is int:
-            found = IntDistribution(int(drawn.low), int(drawn.high), log=drawn.log, step=int(drawn.step) or 1)
+            distribution = IntDistribution(int(limits.low), int(limits.high), log=limits.log, step=int(limits.step) or 1)
         else:
-            found = FloatDistribution(drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
-        return None if found.single() else found
+            distribution = FloatDistribution(limits.low, limits.high, log=limits.log, step=limits.step or None)
+        return None if distribution.single() else distribution
 
     @property
     def count(self) -> int | None:
@@ -57,16 +57,16 @@ class Space:
     def __init__(self, spec: SweepSpec) -> None:
         self.methods = spec.method
         self.parameters: dict[str, list[Parameter]] = {}
-        used: set[str] = set()
+        names: set[str] = set()
         of_source = spec.source_defaults()
         for method in spec.method:
             self.parameters[method] = [
-                self._parameter(method, name, hyperparameter, spec, of_source, used)
+                self._parameter(method, name, hyperparameter, spec, of_source, names)
                 for name, hyperparameter in declared(find_method(method).Config).items()
             ]
         for flag, pairs in (("set", spec.set), ("range", spec.range)):
             for name in pairs:
-                if name not in used:
+                if name not in names:
                     raise UserError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
                 if flag == "set" and name in spec.range:
                     raise UserError(f"{name} has both a value and a range; give --set or --range")
@@ -86,21 +86,21 @@ class Space:
         hyperparameter: Hyperparameter,
         spec: SweepSpec,
         of_source: Mapping[str, Value],
-        used: set[str],
+        names: set[str],
     ) -> Parameter:
-        """A method's field in the space; its names are added to ``used``."""
-        own = f"{method}.{field}"
-        special = own in spec.set or own in spec.range
+        """A method's field in the space; its names are added to ``names``."""
+        full_name = f"{method}.{field}"
+        special = full_name in spec.set or full_name in spec.range
         shared = field in inherited(find_method(method).Config, Config) and not (special and len(spec.method) > 1)
         fixed = of_source.get(field, hyperparameter.default)
         searched = hyperparameter.search
-        for key in (field, own):  # what names the method is said last
+        for key in (field, full_name):  # what names the method is said last
             if key in spec.set:
                 fixed, searched = hyperparameter.parse(spec.set[key]), None
             if key in spec.range:
                 searched = hyperparameter.parse_range(spec.range[key])
-        used |= {field, own}
-        return Parameter(field, field if shared else own, hyperparameter, None if searched else fixed, searched)
+        names |= {field, full_name}
+        return Parameter(field, field if shared else full_name, hyperparameter, None if searched else fixed, searched)
 
     def _groups(self) -> list[tuple[frozenset[str], dict[str, BaseDistribution]]]:
         """The parameters that are drawn, by which methods have them: first those of all methods, the method itself among
@@ -129,20 +129,20 @@ class Space:
             method = trial.suggest_categorical("method", self.methods)
         values: dict[str, Value] = {}
         for parameter in self.parameters[method]:
-            drawn, kind = parameter.range, parameter.declared.type
-            if drawn is None:
+            limits, kind = parameter.range, parameter.declared.type
+            if limits is None:
                 assert parameter.fixed is not None
                 values[parameter.field] = parameter.fixed
-            elif drawn.choices:
-                chosen = trial.suggest_categorical(parameter.name, drawn.choices)
+            elif limits.choices:
+                chosen = trial.suggest_categorical(parameter.name, limits.choices)
                 assert chosen is not None
                 values[parameter.field] = chosen
             elif kind is int:
-                low, high, step = int(drawn.low), int(drawn.high), int(drawn.step) or 1
-                values[parameter.field] = trial.suggest_int(parameter.name, low, high, log=drawn.log, step=step)
+                low, high, step = int(limits.low), int(limits.high), int(limits.step) or 1
+                values[parameter.field] = trial.suggest_int(parameter.name, low, high, log=limits.log, step=step)
             else:
-                found = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
-                values[parameter.field] = drawn.exact(found, kind)
+                number = trial.suggest_float(parameter.name, limits.low, limits.high, log=limits.log, step=limits.step or None)
+                values[parameter.field] = limits.exact(number, kind)
         return method, values
 
     def number(self, method: str, values: Mapping[str, Value]) -> int | None:
@@ -202,18 +202,18 @@ class Space:
 
     def views(self) -> set[str]:
         """The views that a trial may have."""
-        found: set[str] = set()
+        names: set[str] = set()
         for parameters in self.parameters.values():
             for parameter in parameters:
                 if parameter.field == "views":
-                    found |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
-        return found
+                    names |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
+        return names
 
     def defaults(self, method: str, spec: SweepSpec, num_classes: int = 10) -> tuple[dict[str, Value], list[str]]:
         """The parameters of the published configuration for that many classes, moved to the nearest bound where a range
         excludes it, and a line for each that was moved."""
         params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
-        moved = []
+        notes = []
         of_source = spec.source_defaults()
         for parameter in self.parameters[method]:
             if parameter.range is None:
@@ -222,11 +222,11 @@ class Space:
             nearest = parameter.range.nearest(published)
             params[parameter.name] = nearest
             if nearest != published:
-                moved.append(
+                notes.append(
                     f"{method}: the default {parameter.field} {published} is outside {parameter.range}; "
                     f"the first trial takes {nearest}"
                 )
-        return params, moved
+        return params, notes
 
     def begins(self, method: str, values: Mapping[str, Value]) -> float:
         """The fraction of the budget at which a configuration's method proper starts."""
