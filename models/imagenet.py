@@ -53,7 +53,7 @@ def resnet50_imagenet(in_channels: int, image_size: int, num_classes: int, dropo
 def resnet50_pretrained(in_channels: int, image_size: int, num_classes: int, dropout: float) -> Network:
     """The same with torchvision's weights IMAGENET1K_V1 and a new head, as papers train it on Clothing1M.
 
-    The weights are read from torch.hub's folder, and downloaded into it first where it lacks them. ValueError where they can be
+    The weights are read from torch.hub's folder, and downloaded into it first where it lacks them. UserError where they can be
     neither read nor downloaded, or for images that are not of three channels.
     """
     from torchvision.models import ResNet50_Weights

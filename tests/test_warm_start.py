@@ -16,7 +16,7 @@ from tune import sweep as verbs
 from tune.search.ledger import Ledger
 from tune.search.recipes import from_flags
 from tune.search.space import Space
-from tune.search.warm_start import TAKEN, WarmStart, warm_start
+from tune.search.warm_start import NUM_TAKEN, WarmStart, warm_start
 from tune.spec import make_spec
 from tune.store.stored_sweep import Sweep
 
@@ -56,7 +56,7 @@ def test_the_best_complete_trials_come_first_best_first(tmp_path: Path) -> None:
     sweep = finished(tmp_path, "old", [(ce(0.09), None), *((ce(lr), v) for lr, v in zip(LRS, values, strict=True))])
     before = bytes_below(sweep.folder)
     warm = taken(tmp_path, epochs=200, noise="pair:0.2")
-    assert TAKEN == 5
+    assert NUM_TAKEN == 5
     assert warm.params == [ce(0.03), ce(0.06), ce(0.04), ce(0.05), ce(0.02)]
     assert warm.lines == ["from old: 5 of its best 5 configurations run first (trials 2, 5, 3, 4, 1)"]
     assert warm.provenance == {"from": {"sweep": "old", "id": "old-0123456789abcdef", "trials": [2, 5, 3, 4, 1]}}

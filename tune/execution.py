@@ -56,7 +56,7 @@ def execute(sweep: Sweep, kind: str, command: str, space: Space | None = None) -
         idle = ledger.is_finished
         trackers = [Tracker(ledger, uri, display.line)]
         if kind == SWEEP and RETRAIN in ledger.kinds:  # its runs may be missing, too
-            trackers.append(Tracker(Ledger(sweep, RETRAIN, read_only=True), uri))
+            trackers.append(Tracker(Ledger(sweep, RETRAIN, space=ledger.space, read_only=True), uri))
 
         def on_stuck() -> None:
             code = 1
