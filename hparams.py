@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar, cast
 
+from errors import UserError
+
 Value = float | int | str | bool
 C = TypeVar("C")
 MANY_CLASSES = 32  # nearer to 100 than to 10, in ratio: methods are published for CIFAR-10 and CIFAR-100
@@ -124,14 +126,14 @@ class Hyperparameter:
         return f"{'an integer' if self.type is int else 'a number'} in {self.legal.text}"
 
     def check(self, value: Value) -> Value:
-        """Returns ``value``; ValueError where it is not legal."""
+        """Returns ``value``; UserError where it is not legal."""
         good = value in self.choices if self.legal is None else is_finite(value) and float(value) in self.legal
         if not good:
-            raise ValueError(f"{self.name}: {value!r} is not allowed; it must be {self.allowed}")
+            raise UserError(f"{self.name}: {value!r} is not allowed; it must be {self.allowed}")
         return value
 
     def parse(self, text: object) -> Value:
-        """Reads a value as a user writes it (``--set``, YAML). ValueError names the value and what is allowed."""
+        """Reads a value as a user writes it (``--set``, YAML). UserError names the value and what is allowed."""
         word = str(text).strip()
         if self.type is bool:
             value: Any = {"true": True, "false": False}.get(word.lower())
@@ -143,11 +145,11 @@ class Hyperparameter:
             except ValueError:
                 value = None
         if value is None:
-            raise ValueError(f"{self.name}: {word!r} is not allowed; it must be {self.allowed}")
+            raise UserError(f"{self.name}: {word!r} is not allowed; it must be {self.allowed}")
         return self.check(value)
 
     def parse_range(self, text: str) -> Range:
-        """Reads ``a,b,c`` or, for numbers, ``low:high``, ``low:high:log`` or ``low:high:step``. ValueError where it is empty or
+        """Reads ``a,b,c`` or, for numbers, ``low:high``, ``low:high:log`` or ``low:high:step``. UserError where it is empty or
         illegal."""
         if self.legal is None:
             return Range(choices=self._parse_choices(text))
@@ -157,16 +159,16 @@ class Hyperparameter:
         parts = [part.strip() for part in text.split(":")]
         if len(parts) not in (2, 3):
             allowed = "LOW:HIGH, LOW:HIGH:log, LOW:HIGH:STEP or A,B,..."
-            raise ValueError(f"{self.name}: range {text!r} is not readable; write {allowed}")
+            raise UserError(f"{self.name}: range {text!r} is not readable; write {allowed}")
         low, high = (float(self.parse(part)) for part in parts[:2])
         if not low < high:
-            raise ValueError(f"{self.name}: range {text!r} is empty; LOW must be below HIGH")
+            raise UserError(f"{self.name}: range {text!r} is empty; LOW must be below HIGH")
         if parts[2:] not in ([], ["log"]):
             step = self._parse_step(text, parts[2], high - low)
             last = Decimal(str(low)) + int((Decimal(str(high)) - Decimal(str(low))) / Decimal(str(step))) * Decimal(str(step))
             return Range(low, float(last), step=step)
         if parts[2:] and low <= 0:
-            raise ValueError(f"{self.name}: range {text!r} cannot be logarithmic; LOW must be above 0")
+            raise UserError(f"{self.name}: range {text!r} cannot be logarithmic; LOW must be above 0")
         return Range(low, high, log=bool(parts[2:]))
 
     def _parse_choices(self, text: str) -> tuple[Any, ...]:
@@ -182,7 +184,7 @@ class Hyperparameter:
         if not 0 < step <= width * (1 + 1e-9):
             kind = "an integer" if self.type is int else "a number"
             allowed = f"log, or a step: {kind} above 0 and at most HIGH - LOW"
-            raise ValueError(f"{self.name}: range {text!r} is not readable; {word!r} must be {allowed}")
+            raise UserError(f"{self.name}: range {text!r} is not readable; {word!r} must be {allowed}")
         return step
 
 
@@ -233,10 +235,10 @@ def inherited(config: type, base: type) -> set[str]:
 
 
 def build(config: type[C], values: Mapping[str, Value]) -> C:
-    """A Config with ``values`` over its defaults, every value checked. ValueError for an unknown name or bad value."""
+    """A Config with ``values`` over its defaults, every value checked. UserError for an unknown name or bad value."""
     known = declared(config)
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"unknown hyperparameter {name!r}; known are {', '.join(known)}")
+            raise UserError(f"unknown hyperparameter {name!r}; known are {', '.join(known)}")
         known[name].check(value)
     return config(**values)

@@ -1,4 +1,7 @@
-"""The command line: launch, resume, best, retrain, train, list, stop, ui."""
+"""The command line: launch, resume, best, retrain, train, list, stop, ui.
+
+Every verb imports what it needs when it runs, so that help and refusals come at once: torch, Ray and MLflow take seconds each.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from errors import UserError
+from tune.spec import EXECUTION, FIELDS, READING, make_spec, read_field, read_yaml
+
 if TYPE_CHECKING:
+    from tune.execution import Outcome
     from tune.search.ledger import Ledger
-    from tune.sweep import Outcome
 
 EXAMPLES = """examples:
   python search.py launch first --method alr --trials 24        a sweep over ALR on digits with 40 % symmetric noise
@@ -38,9 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Flags for fields of SweepSpec; values are read and checked by the spec itself."""
-    from tune.spec import FIELDS
-
+    """Adds flags for fields of SweepSpec; the spec itself reads and checks their values."""
     for name in names:
         flag, meaning = "--" + name.replace("_", "-"), FIELDS[name].metadata["meaning"]
         default = FIELDS[name].default
@@ -54,8 +59,6 @@ def add_spec_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> Non
 
 
 def build_parser() -> Parser:
-    from tune.spec import EXECUTION, FIELDS, READING
-
     parser = Parser(
         prog="search.py",
         description="Hyperparameter search for learning with noisy labels.",
@@ -70,6 +73,7 @@ def build_parser() -> Parser:
             sub.add_argument("name", metavar="NAME", help="the sweep")
         sub.add_argument("--storage", help="folder of the sweeps, or s3://BUCKET/... with --ledger (default: runs)")
         sub.add_argument("--ledger", metavar="URL", default=os.environ.get("NOISY_LABEL_LEDGER", ""), help=LEDGER)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error, too")
         return sub
 
     flags = [name for name, f in FIELDS.items() if f.metadata["flag"]]
@@ -104,48 +108,44 @@ def build_parser() -> Parser:
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
-    """The spec fields that were given as flags, read and checked."""
-    from tune.spec import FIELDS, read_field
-
+    """Reads and checks the fields of the spec that were given as flags."""
     values = {name: v for name, v in vars(options).items() if name in FIELDS and v is not None}
     for name, value in values.items():
         if isinstance(value, str) and not value.strip():  # a shell's variable that is not set
-            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; give a value, or leave the flag out")
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; give a value, or leave the flag out")
     return {name: read_field(name, value) for name, value in values.items()}
 
 
 def whole_number(flag: str, text: str, low: int, high: int = 10**9) -> int:
-    """ValueError where ``text`` is no integer from ``low`` to ``high``."""
+    """Reads an integer. UserError where ``text`` is none from ``low`` to ``high``."""
     if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise ValueError(f"{flag}: {text!r} is not allowed; it must be an integer from {low} to {high}")
+        raise UserError(f"{flag}: {text!r} is not allowed; it must be an integer from {low} to {high}")
     return int(text)
 
 
 def launch(options: argparse.Namespace) -> int:
-    from tune.spec import make_spec, read_yaml
-
     values, flags = read_yaml(Path(options.spec), print) if options.spec else {}, given(options)
     given_here = {**flags.get("set", {}), **flags.get("range", {})}
     for name in ("set", "range"):  # a flag wins over the file, hyperparameter by hyperparameter
-        kept = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
-        flags[name] = kept | flags.get(name, {})
+        from_file = {key: value for key, value in values.get(name, {}).items() if key not in given_here}
+        flags[name] = from_file | flags.get(name, {})
     spec = make_spec(values | flags)
     from tune import sweep
 
     how = {"old": options.old, "dry_run": options.dry_run, "download": options.download}
     outcome = sweep.launch(options.name, options.store, spec, **how)
-    return finish(outcome, shown(10))
+    return finish(outcome, leaderboard_of(10))
 
 
 def resume(options: argparse.Namespace) -> int:
     from tune import sweep
 
     outcome = sweep.resume(options.name, options.store, given(options))
-    return finish(outcome, shown(10))
+    return finish(outcome, leaderboard_of(10))
 
 
 def finish(outcome: Outcome, table: Callable[[Ledger], str]) -> int:
-    """The table after a run, and its last words, which come also where a database has gone."""
+    """Prints the table after a run, then what is left to say, also where a database has gone. Returns the exit code."""
     try:
         if outcome.ledger:
             print(table(outcome.ledger), flush=True)
@@ -168,14 +168,13 @@ def retrain(options: argparse.Namespace) -> int:
 
 def best(options: argparse.Namespace) -> int:
     top = whole_number("--top", options.top, 1)
-    from tune.report.leaderboard import rows, rungs
-    from tune.report.projection import noted_runs
+    from tune.report.leaderboard import noted_runs, rows, rungs
     from tune.search.ledger import Ledger
     from tune.store.stored_sweep import Sweep
 
     ledger = Ledger(Sweep.find(options.store, options.name), read_only=True)
     if not (options.json or options.rungs):
-        print(shown(top)(ledger))
+        print(leaderboard_of(top)(ledger))
         return 0
     board = rows(ledger, noted_runs(ledger))
     if options.rungs:
@@ -185,10 +184,9 @@ def best(options: argparse.Namespace) -> int:
     return 0
 
 
-def shown(top: int) -> Callable[[Ledger], str]:
-    """The leaderboard, and where to go from there."""
-    from tune.report.leaderboard import leaderboard_text
-    from tune.report.projection import noted_runs
+def leaderboard_of(top: int) -> Callable[[Ledger], str]:
+    """Writes a leaderboard of the ``top`` best trials."""
+    from tune.report.leaderboard import leaderboard_text, noted_runs
 
     return lambda ledger: leaderboard_text(ledger, noted_runs(ledger), top)
 
@@ -199,7 +197,7 @@ def train(options: argparse.Namespace) -> int:
 
     flags = given(options)
     if options.config and flags:
-        raise ValueError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
+        raise UserError(f"--{next(iter(flags))} cannot be combined with {options.config}; the file says it all")
     if options.config:
         recipe = from_yaml(Path(options.config))
         prepare(recipe, download=options.download)
@@ -215,8 +213,8 @@ def train(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_compiler(recipe.compile, device)
     experiment = TrialRun(recipe, device=device)
-    found = recipe.dataset().noise
-    noise = f"noise {recipe.noise}{f' ({found})' if found else ''}"
+    report = recipe.dataset().noise
+    noise = f"noise {recipe.noise}{f' ({report})' if report else ''}"
     print(f"{recipe.method} on {recipe.data}, {noise}, network {recipe.model}, {recipe.epochs} epochs")
     try:
         for record in experiment:
@@ -240,9 +238,9 @@ def list_sweeps(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    from tune import sweep
+    from tune import commands
 
-    return sweep.stop(options.name, options.store)
+    return commands.stop(options.name, options.store)
 
 
 def ui(options: argparse.Namespace) -> int:
@@ -253,11 +251,11 @@ def ui(options: argparse.Namespace) -> int:
 
     storage = options.store.storage
     if isinstance(storage, Remote) or not (storage / DATABASE).is_file():
-        raise ValueError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
+        raise UserError(f"no MLflow database in {storage}; launch a sweep first, or open the server it was tracked on")
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise ValueError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
+        raise UserError(f"--port: {port} cannot be had on 127.0.0.1: {error.strerror}; choose another") from error
     prepare_for_pages(storage, print)
     quiet()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # workers for chat evaluations: not needed here
@@ -281,8 +279,15 @@ RUNNING = {"launch", "resume", "retrain"}  # verbs that go on when nobody reads 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    An error of the user's, or of their system (a full disk, a missing file), is one line, exit code 2. Anything else is an
+    error of ours: its traceback is shown, exit code 1.
+    """
+    debug = False
     try:
         options = build_parser().parse_args(arguments)
+        debug = options.debug
         from tune.store.locate import open_store
 
         options.store = open_store(options.storage, options.ledger)
@@ -291,13 +296,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader of our output went away; a sweep's output outlasts it
         return 128 + signal.SIGPIPE  # as for a process that the signal ends
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()  # the error is the last line, also in a file that holds both
+        if debug:
+            traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:  # noqa: BLE001  the process's boundary: it ends by leave(), which Python's own handling would pass by
+        traceback.print_exc()
+        return 1
 
 
 def leave(code: int) -> NoReturn:

@@ -24,6 +24,7 @@ from data.noise import label_bytes
 from data.readers.base import TEST, Block, RawTable, Source
 from data.readers.pixels import Flag
 from data.table_file import COLUMNS, Table, write_end
+from errors import UserError
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def said_by(source: Source, read: Callable[[], T]) -> T:
     try:
         return read()
     except OSError as error:
-        raise ValueError(f"data set {source.name}: {error}") from error
+        raise UserError(f"data set {source.name}: {error}") from error
 
 
 class _Build:
@@ -149,7 +150,7 @@ def _blocks(source: Source, raw: RawTable, done: int, earlier: Table | None) -> 
             except StopIteration:
                 return
             except OSError as error:
-                raise ValueError(f"data set {source.name}: {error}") from error
+                raise UserError(f"data set {source.name}: {error}") from error
             yield block
             advance(len(block.images))
 

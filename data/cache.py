@@ -16,6 +16,7 @@ from data.build import build, said_by
 from data.folders import alone, cache_folder
 from data.readers.base import Source
 from data.table_file import Table, UnusableError, read_table
+from errors import UserError
 
 NAMED = 5  # damaged images that a message names
 log = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ def open_table(source: Source, *, fresh: bool = False) -> Table:
         table = _opened(path, source, stamp)
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
+        raise UserError(
             f"cache folder {path.parent} cannot be used ({reason}); set NOISY_LABEL_CACHE to one that can"
         ) from error
     if table.damage and not source.skip_damaged:
         named = "; ".join(list(table.damage.values())[:NAMED])
         more = f"; and {len(table.damage) - NAMED} more" if len(table.damage) > NAMED else ""
-        raise ValueError(
+        raise UserError(
             f"data set {source.name}: of {len(table.images)} images {len(table.damage)} cannot be read: {named}{more}. "
             "Mend or remove them, or leave them out with --skip-damaged"
         )
@@ -55,7 +56,7 @@ def same_table(source: Source, checksum: str) -> Table:
         table = open_table(source, fresh=True)
         if table.checksum != checksum:
             now = table.checksum[:12]
-            raise ValueError(
+            raise UserError(
                 f"data set {source.name} has changed, or this version reads it differently: its checksum {checksum[:12]} is "
                 f"now {now}"
             )

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,61 +18,13 @@ from data.cache import same_table
 from data.noise import Noise, NoiseReport, corrupt, label_bytes, parse_noise, report
 from data.remarks import remarks
 from data.seeds import generator
-from data.sources import TEST, Options, Source, find_source
+from data.sources import TEST, Source
+from data.spec import DataSpec as DataSpec
 from data.split import Split, draw_split, in_classes, set_trusted_aside, stream
 from data.table import Labelled, TrainData
 from data.table_file import Table
 from data.text import some
-
-
-def newer(default: Any) -> Any:
-    """A field that the first sweeps did not have: a recipe's fingerprint leaves it out where it has its default."""
-    return field(default=default, metadata={"newer": True})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSpec:
-    """All that makes a data set: what is read, how its pixels are made, its noise and its split. A trial's recipe is one.
-
-    A field that is newer than the first sweeps is :func:`newer`. A record without it has its default, which is what was done
-    when there was no such field.
-    """
-
-    data: str
-    noise: str
-    noise_seed: int = 0
-    split_seed: int = 0
-    validation_fraction: float = 0.3
-    trusted: int = 0  # samples with clean labels, taken from the training set
-    image_size: int = 0  # side to which a user's images are brought, see data.sources.Options
-    resize: str = newer("")
-    background: str = newer("")
-    skip_damaged: bool = newer(False)
-    follow_links: bool = newer(False)
-    table: str = ""  # sha256 of the source's images and labels, where they must be the same as before
-    split: str = newer("")  # stratified or shuffled, see data.split; empty: shuffled
-    labels_are_clean: bool = newer(False)  # the user knows them to be right
-
-    def options(self, *, download: bool = False) -> Options:
-        """How the source reads its files."""
-        return Options(
-            image_size=self.image_size,
-            resize=self.resize,
-            background=self.background,
-            skip_damaged=self.skip_damaged,
-            follow_links=self.follow_links,
-            download=download,
-        )
-
-    def source(self, *, download: bool = False) -> Source:
-        """Where the images and labels come from. ValueError for a name or an argument that means nothing."""
-        return find_source(self.data, self.options(download=download))
-
-    @classmethod
-    def of(cls, other: object) -> DataSpec:
-        """The same fields of a recipe, or of a sweep's spec; those that it lacks have their defaults."""
-        names = (one.name for one in dataclasses.fields(cls))
-        return cls(**{name: getattr(other, name) for name in names if hasattr(other, name)})
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -190,7 +141,7 @@ def _taken_for_clean(table: Table, source: Source) -> Table:
     if table.split is not None:
         wrong &= table.split != TEST
     if bool(wrong.any()):
-        raise ValueError(f"--labels-are-clean is not allowed; {int(wrong.sum())} labels of {source.name!r} are not their truth")
+        raise UserError(f"--labels-are-clean is not allowed; {int(wrong.sum())} labels of {source.name!r} are not their truth")
     return dataclasses.replace(table, truth=truth)
 
 
@@ -201,7 +152,7 @@ def _given_labels(table: Table, noise: Noise, rows: Tensor, source: Source, nois
     known = int(in_classes(table.truth[rows], table.num_classes).sum()) if table.truth is not None else 0
     if table.truth is None or known < len(rows):
         there = f"clean labels for {known} of {len(rows)} samples only" if known else "no clean labels to corrupt"
-        raise ValueError(
+        raise UserError(
             f"noise '{noise}': data set {source.name!r} has {there}; only none is allowed, or --labels-are-clean where its"
             f" labels are known to be right"
         )

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -19,7 +21,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "noisy-label-search"
     except RuntimeError as error:
-        raise ValueError("there is no home folder to keep data sets in; set NOISY_LABEL_CACHE to a folder") from error
+        raise UserError("there is no home folder to keep data sets in; set NOISY_LABEL_CACHE to a folder") from error
 
 
 def data_folder() -> Path:

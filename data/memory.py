@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from data.dataset import Dataset, DataSpec, load
+from data.dataset import Dataset, load
+from data.spec import DataSpec
 from data.table import Labelled
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(*purpose: int | str) -> int:
@@ -15,4 +17,6 @@ def derive(*purpose: int | str) -> int:
 
 def generator(*purpose: int | str) -> torch.Generator:
     """A CPU generator at the start of the stream that belongs to ``purpose``."""
+    import torch  # here, since the ledger derives seeds without it
+
     return torch.Generator().manual_seed(derive(*purpose))

@@ -11,11 +11,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from data.names import SPLITS
 from data.seeds import generator
 from data.sources import TEST, TRAIN, VALIDATION, Source
 from data.table_file import Table
+from errors import UserError
 
-KINDS = ("stratified", "shuffled")
 LEFT_OUT = -1  # beside TRAIN, VALIDATION and TEST
 
 
@@ -35,16 +36,16 @@ def stream(source: Source) -> str:
 
 
 def draw_split(source: Source, table: Table, kind: str, seed: int, validation_fraction: float, test_fraction: float) -> Split:
-    """The split of a source, without trusted rows. ``kind`` is one of ``KINDS``, or empty, which is shuffled.
+    """The split of a source, without trusted rows. ``kind`` is one of ``SPLITS``, or empty, which is shuffled.
 
     Both kinds hold out the same numbers of rows, but that a class keeps a training row where it is stratified. The classes are
     those of the source's own labels, which no synthetic noise has touched, so that another noise moves no row.
     ValueError for fractions outside, and for those that leave too little.
     """
-    if kind not in ("", *KINDS):
-        raise ValueError(f"unknown split {kind!r}; known are {', '.join(KINDS)}")
+    if kind not in ("", *SPLITS):
+        raise UserError(f"unknown split {kind!r}; known are {', '.join(SPLITS)}")
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction: {validation_fraction!r} is not allowed; it must be a number in (0, 1)")
+        raise UserError(f"validation_fraction: {validation_fraction!r} is not allowed; it must be a number in (0, 1)")
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction: {test_fraction!r} is not allowed; it must be a number in [0, 1)")
     own = torch.full((len(table.images),), TRAIN) if table.split is None else table.split.clone()
@@ -63,7 +64,7 @@ def draw_split(source: Source, table: Table, kind: str, seed: int, validation_fr
     drawn, asked = int((parts == VALIDATION).sum()), len(free) - num_test - num_validation
     num_train = asked if asked < 2 else int((parts == TRAIN).sum())  # rows that classes keep all the same were not asked for
     if num_train < 2 or drawn + len(validation) < 1:
-        raise ValueError(
+        raise UserError(
             f"validation_fraction {validation_fraction!r} and test_fraction {test_fraction!r} leave {num_train} training and "
             f"{drawn} validation samples of {len(free)}; at least 2 and 1 are needed"
         )
@@ -152,14 +153,14 @@ def set_trusted_aside(split: Split, table: Table, source: Source, seed: int, num
     if table.truth is not None:
         order = order[in_classes(table.truth[order], table.num_classes)]
     if table.truth is None or not len(order):
-        raise ValueError(f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has no clean labels")
+        raise UserError(f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has no clean labels")
     truth = table.truth[order]
     sizes = torch.bincount(truth, minlength=table.num_classes)
     most = table.num_classes * int(sizes.min())
     if num_trusted > most or len(split.train) - num_trusted < 2:
         rarest = int(sizes.argmin())
         name = repr(table.classes[rarest]) if table.classes else str(rarest)
-        raise ValueError(
+        raise UserError(
             f"--trusted: {num_trusted} is not allowed; data set {source.name!r} has {most} in balanced classes here (of"
             f" {len(split.train)} training samples {len(order)} have a clean label, {int(sizes.min())} of them of class {name})"
         )

@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from errors import UserError
+
 COMPRESSED = {  # first bytes of a file: what has packed it
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -37,20 +39,20 @@ def read_text(path: Path, what: str) -> str:
             names = set(archive.namelist())
         table = next((kind for name, kind in PACKED_TABLES.items() if name in names), "")
     if table:
-        raise ValueError(f"{what} is {table}; save it as CSV in UTF-8")
+        raise UserError(f"{what} is {table}; save it as CSV in UTF-8")
     if packed:
-        raise ValueError(f"{what} is compressed ({packed}); unpack it first")
+        raise UserError(f"{what} is compressed ({packed}); unpack it first")
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in content[:2]:
-        raise ValueError(f"{what} is in UTF-16 without a byte order mark; save it as UTF-8")
+        raise UserError(f"{what} is in UTF-16 without a byte order mark; save it as UTF-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
         if encoding != "utf-8-sig":
-            raise ValueError(f"{what} is not a text in {name} ({error.reason}); save it as UTF-8") from error
+            raise UserError(f"{what} is not a text in {name} ({error.reason}); save it as UTF-8") from error
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
-        raise ValueError(f"{what}, line {line}: byte 0x{byte:02x} is not {name}; save the file as UTF-8") from error
+        raise UserError(f"{what}, line {line}: byte 0x{byte:02x} is not {name}; save the file as UTF-8") from error
 
 
 PACKED_TABLES = {"xl/workbook.xml": "an Excel workbook", "content.xml": "an OpenDocument table"}

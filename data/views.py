@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import augment
+from errors import UserError
 
 View = Callable[[Tensor], Tensor]
 
@@ -22,7 +23,7 @@ def make_views(
     are drawn per sample. ValueError for a kind that is not known, and for an ``input_size`` that it cannot make.
     """
     if kind not in VIEWS:
-        raise ValueError(f"unknown views {kind!r}; known are {', '.join(VIEWS)}")
+        raise UserError(f"unknown views {kind!r}; known are {', '.join(VIEWS)}")
     constants: dict[torch.device, tuple[Tensor, Tensor]] = {}  # pixel mean and standard deviation [C, 1, 1] by device
 
     def normalise(images: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def _imagenet(normalise: View, image_size: int, input_size: int) -> tuple[View, 
 
 def _photographs(normalise: View, image_size: int, input_size: int, mirrored: View) -> tuple[View, View, View]:
     if input_size > image_size:
-        raise ValueError(
+        raise UserError(
             f"views crop and imagenet cut {input_size} pixels from images of {image_size}; at most {image_size} are there"
         )
 
@@ -109,7 +110,7 @@ def _photographs(normalise: View, image_size: int, input_size: int, mirrored: Vi
 
 def _keeps_size(kind: str, image_size: int, input_size: int) -> None:
     if input_size != image_size:
-        raise ValueError(f"views {kind!r} keep the size of images, {image_size}; input_size is {input_size}")
+        raise UserError(f"views {kind!r} keep the size of images, {image_size}; input_size is {input_size}")
 
 
 def _crop(normalise: View, image_size: int, input_size: int) -> tuple[View, View, View]:
@@ -117,12 +118,6 @@ def _crop(normalise: View, image_size: int, input_size: int) -> tuple[View, View
     return _photographs(normalise, image_size, input_size, lambda images: images)
 
 
-SAID_OF_VIEWS = {
-    "shift": "images are moved a little, never mirrored (flip-crop mirrors, for images whose left may be their right)",
-    "flip-crop": "images are moved a little, and mirrored every other time (shift never mirrors, for digits, signs, writing)",
-    "crop": "parts of images, never mirrored (imagenet mirrors, for images whose left may be their right)",
-    "imagenet": "parts of images, mirrored every other time (crop never mirrors, for arrows, signs, writing)",
-}
 VIEWS: dict[str, Callable[[View, int, int], tuple[View, View, View]]] = {
     "shift": _shift,
     "flip-crop": _flip_crop,

@@ -17,7 +17,7 @@ from data.table import TrainData  # noqa: E402  the checkout is not installed
 from hparams import MANY_CLASSES, Hyperparameter, Value, declared  # noqa: E402
 from methods import METHODS  # noqa: E402
 from methods.base import Config, Task  # noqa: E402
-from models import Network  # noqa: E402
+from models.network import Network  # noqa: E402
 from tune.report.leaderboard import mean_and_error  # noqa: E402
 
 NUM_SAMPLES = 97  # no other side of a tensor in a method or in the network below is of this length

@@ -1,82 +1,93 @@
-"""The registry of learning algorithms, by the name that a user writes."""
+"""The registry of learning algorithms, by the name that a user writes. A method's module is imported when it is asked for."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from errors import UserError
 from hparams import Hyperparameter, declared, inherited
-from methods.alr import ALR
-from methods.aum import AUM
-from methods.base import Config, Method
-from methods.bootstrapping import Bootstrapping
-from methods.cdr import CDR
-from methods.ce import CrossEntropy, LabelSmoothing
-from methods.co_teaching import CoTeaching
-from methods.co_teaching_plus import CoTeachingPlus
-from methods.ctrr import CTRR
-from methods.dal import DynamicsAwareLoss
-from methods.dividemix import DivideMix
-from methods.elr import EarlyLearningRegularization
-from methods.elr_plus import ELRPlus
-from methods.gce import GeneralizedCrossEntropy
-from methods.m_dyr_h import MDYRH
-from methods.mae import MeanAbsoluteError
-from methods.mixup import Mixup
-from methods.mw_net import MetaWeightNet
-from methods.nce_rce import NormalizedAndReverseCrossEntropy
-from methods.pencil import PENCIL
-from methods.sce import SymmetricCrossEntropy
-from methods.selc import SELC
-from methods.sop import SOP
-from methods.sop_plus import SOPPlus
-from methods.sr import SparseRegularization
-from methods.truncated_gce import TruncatedGeneralizedCrossEntropy
+from methods.config import Config
 
-METHODS: dict[str, type[Method[Any]]] = {
-    "ce": CrossEntropy,
-    "mae": MeanAbsoluteError,
-    "gce": GeneralizedCrossEntropy,
-    "truncated-gce": TruncatedGeneralizedCrossEntropy,
-    "sce": SymmetricCrossEntropy,
-    "nce-rce": NormalizedAndReverseCrossEntropy,
-    "dal": DynamicsAwareLoss,
-    "bootstrapping": Bootstrapping,
-    "label-smoothing": LabelSmoothing,
-    "mixup": Mixup,
-    "elr": EarlyLearningRegularization,
-    "elr-plus": ELRPlus,
-    "cdr": CDR,
-    "sr": SparseRegularization,
-    "ctrr": CTRR,
-    "mw-net": MetaWeightNet,
-    "co-teaching": CoTeaching,
-    "co-teaching-plus": CoTeachingPlus,
-    "aum": AUM,
-    "pencil": PENCIL,
-    "selc": SELC,
-    "sop": SOP,
-    "sop-plus": SOPPlus,
-    "m-dyr-h": MDYRH,
-    "dividemix": DivideMix,
-    "alr": ALR,
-}
+if TYPE_CHECKING:
+    from methods.base import Method
+
+
+class Registry(Mapping[str, "type[Method[Any]]"]):
+    """Methods by name. The names are known without torch; asking for a method imports its module, and with it torch."""
+
+    def __init__(self, places: Mapping[str, tuple[str, str]]) -> None:
+        """``places``: the module in this package and the class in it, by name."""
+        self._places = places
+
+    def __getitem__(self, name: str) -> type[Method[Any]]:
+        module, class_name = self._places[name]
+        method: type[Method[Any]] = getattr(import_module(f"methods.{module}"), class_name)
+        return method
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+METHODS = Registry(
+    {
+        "ce": ("ce", "CrossEntropy"),
+        "mae": ("mae", "MeanAbsoluteError"),
+        "gce": ("gce", "GeneralizedCrossEntropy"),
+        "truncated-gce": ("truncated_gce", "TruncatedGeneralizedCrossEntropy"),
+        "sce": ("sce", "SymmetricCrossEntropy"),
+        "nce-rce": ("nce_rce", "NormalizedAndReverseCrossEntropy"),
+        "dal": ("dal", "DynamicsAwareLoss"),
+        "bootstrapping": ("bootstrapping", "Bootstrapping"),
+        "label-smoothing": ("ce", "LabelSmoothing"),
+        "mixup": ("mixup", "Mixup"),
+        "elr": ("elr", "EarlyLearningRegularization"),
+        "elr-plus": ("elr_plus", "ELRPlus"),
+        "cdr": ("cdr", "CDR"),
+        "sr": ("sr", "SparseRegularization"),
+        "ctrr": ("ctrr", "CTRR"),
+        "mw-net": ("mw_net", "MetaWeightNet"),
+        "co-teaching": ("co_teaching", "CoTeaching"),
+        "co-teaching-plus": ("co_teaching_plus", "CoTeachingPlus"),
+        "aum": ("aum", "AUM"),
+        "pencil": ("pencil", "PENCIL"),
+        "selc": ("selc", "SELC"),
+        "sop": ("sop", "SOP"),
+        "sop-plus": ("sop_plus", "SOPPlus"),
+        "m-dyr-h": ("m_dyr_h", "MDYRH"),
+        "dividemix": ("dividemix", "DivideMix"),
+        "alr": ("alr", "ALR"),
+    }
+)
+
+
+def check_name(name: str) -> str:
+    """The name itself. UserError for an unknown one says the known ones, and the one that was probably meant."""
+    if name in METHODS:
+        return name
+    close = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}{hint}")
 
 
 def find_method(name: str) -> type[Method[Any]]:
-    """The method of that name. ValueError names the known ones, and the one that was probably meant."""
-    if name in METHODS:
-        return METHODS[name]
-    close = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}{hint}")
+    """The method of that name. UserError for an unknown one."""
+    return METHODS[check_name(name)]
 
 
 def parameters(method_name: str) -> dict[str, Hyperparameter]:
     """A method's hyperparameters by their name in the ledger, in order of declaration.
 
     ``field`` where the method takes it over from the base unchanged, so that methods share what they have in common; else
-    ``method.field``. ValueError for an unknown method.
+    ``method.field``. UserError for an unknown method.
     """
     config = find_method(method_name).Config
     shared = inherited(config, Config)
@@ -85,4 +96,4 @@ def parameters(method_name: str) -> dict[str, Hyperparameter]:
     }
 
 
-__all__ = ["METHODS", "Method", "find_method", "parameters"]
+__all__ = ["METHODS", "check_name", "find_method", "parameters"]

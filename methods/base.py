@@ -18,69 +18,14 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from data.table import Batch, TrainData
-from data.views import VIEWS
-from hparams import hyperparameter
+from methods.clock import Clock as Clock
+from methods.clock import first_epoch as first_epoch
+from methods.config import Config as Config
+from methods.config import GivenLabelsConfig as GivenLabelsConfig
 from models.network import Network
 
 View = Callable[[Tensor], Tensor]
 B = TypeVar("B")
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where a trial stands: ``epoch`` whole epochs are done, of a full budget of ``epochs``."""
-
-    epoch: int
-    epochs: int
-
-    @property
-    def fraction(self) -> float:
-        """Share of the full budget that is done, in [0, 1)."""
-        return self.epoch / self.epochs
-
-    def has_begun(self, fraction: float) -> bool:
-        """True from the first epoch on whose start at least ``fraction`` of the budget is done."""
-        return self.epoch >= first_epoch(fraction, self.epochs)
-
-    def since(self, fraction: float) -> float:
-        """Share that is done of what follows the first epoch at ``fraction`` of the budget, in [0, 1)."""
-        first = first_epoch(fraction, self.epochs)
-        return (self.epoch - first) / (self.epochs - first)
-
-
-def first_epoch(fraction: float, epochs: int) -> int:
-    """The first epoch, counted from 0, on whose start at least ``fraction`` of ``epochs`` is done."""
-    return math.ceil(round(fraction * epochs, 9))
-
-
-@dataclass(frozen=True)
-class Config:
-    """Hyperparameters that every method has. Lengths and memories are fractions of the full budget."""
-
-    lr: float = hyperparameter(
-        0.05, "learning rate at the start; falls to 0 along a half cosine", legal="(0, inf)", search=(0.005, 0.1), log=True
-    )
-    weight_decay: float = hyperparameter(
-        1e-3, "L2 penalty, coupled, on every parameter", legal="[0, inf)", search=(1e-5, 1e-2), log=True
-    )
-    momentum: float = hyperparameter(0.9, "momentum of SGD", legal="[0, 1)")
-    batch_size: int = hyperparameter(128, "images in a batch", legal="[2, 2147483647]")
-    dropout: float = hyperparameter(0.0, "probability of dropping a feature before the head", legal="[0, 1)")
-    augmentation: str = hyperparameter("weak", "which view of an image is trained on", choices=("none", "weak", "strong"))
-    views: str = hyperparameter(
-        "auto", "how images are changed in the weak and the strong view (auto: as suits the data set)", choices=("auto", *VIEWS)
-    )
-
-    def begins(self) -> float:
-        """The fraction of the budget at which the method proper starts; before it, trials are not comparable."""
-        return 0.0
-
-
-@dataclass(frozen=True)
-class GivenLabelsConfig(Config):
-    """For methods whose loss is a cross-entropy on the given labels, which can be smoothed."""
-
-    label_smoothing: float = hyperparameter(0.0, "mass of a given label that is spread over all classes", legal="[0, 1]")
 
 
 class MakeNet(Protocol):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from errors import UserError
 from models.convolution import he_normal
 from models.network import Network
 
@@ -52,20 +53,20 @@ def resnet50_imagenet(in_channels: int, image_size: int, num_classes: int, dropo
 def resnet50_pretrained(in_channels: int, image_size: int, num_classes: int, dropout: float) -> Network:
     """The same with torchvision's weights IMAGENET1K_V1 and a new head, as papers train it on Clothing1M.
 
-    The weights are read from torch.hub's folder, and downloaded into it first where it lacks them. ValueError where they can be
+    The weights are read from torch.hub's folder, and downloaded into it first where it lacks them. UserError where they can be
     neither read nor downloaded, or for images that are not of three channels.
     """
     from torchvision.models import ResNet50_Weights
 
     if in_channels != 3:
-        raise ValueError(f"resnet50-imagenet:pretrained needs images of 3 channels, not {in_channels}")
+        raise UserError(f"resnet50-imagenet:pretrained needs images of 3 channels, not {in_channels}")
     weights = ResNet50_Weights.IMAGENET1K_V1
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a damaged file, or one that differs from its hash
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"resnet50-imagenet:pretrained: weights can be neither read from {path} nor fetched from {weights.url}: {reason}"
         ) from error
     trunk = resnet50_trunk(in_channels)

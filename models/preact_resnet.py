@@ -7,6 +7,7 @@ Networks", BMVC 2016. Both begin with one 3 x 3 convolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -68,3 +69,8 @@ def wide_resnet(depth: int, widening: int, in_channels: int, image_size: int, nu
     )
     he_normal(features)
     return Network(features, widths[-1], num_classes, dropout)
+
+
+preact_resnet18 = partial(preact_resnet, (2, 2, 2, 2))
+preact_resnet34 = partial(preact_resnet, (3, 4, 6, 3))
+wrn_28_10 = partial(wide_resnet, 28, 10)

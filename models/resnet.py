@@ -8,6 +8,7 @@ convolution of 64 channels, no max-pooling. Projection shortcuts where shapes ch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -78,3 +79,8 @@ def resnet(
     )
     he_normal(features)
     return Network(features, widths[-1], num_classes, dropout)
+
+
+resnet18 = partial(resnet, basic, (64, 128, 256, 512), (2, 2, 2, 2))
+resnet34 = partial(resnet, basic, (64, 128, 256, 512), (3, 4, 6, 3))
+resnet50 = partial(resnet, bottleneck, (256, 512, 1024, 2048), (3, 4, 6, 3))

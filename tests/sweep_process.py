@@ -18,7 +18,7 @@ import psutil
 
 from tests.sweeps import make_sweep, play
 from tune.report import leaderboard as report
-from tune.report.projection import noted_runs
+from tune.report.leaderboard import noted_runs
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.search.recipes import dataset
@@ -51,8 +51,8 @@ def start(log: Path, *arguments: object, cwd: Path | None = None) -> subprocess.
 
 def hostile_folder(folder: Path) -> Path:
     """A working directory with packages that have our names, or usual ones, and do not let themselves be imported."""
-    for name in ("tune", "data", "models", "methods", "training", "losses", "modules", "hparams", "search"):
-        package = folder / name if name not in ("hparams", "search") else folder
+    for name in ("tune", "data", "models", "methods", "training", "losses", "modules", "errors", "hparams", "search"):
+        package = folder / name if name not in ("errors", "hparams", "search") else folder
         package.mkdir(parents=True, exist_ok=True)
         file = package / "__init__.py" if package != folder else folder / f"{name}.py"
         file.write_text("raise RuntimeError('what the user has was imported')")

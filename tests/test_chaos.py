@@ -49,7 +49,7 @@ from tests.sweep_process import (
 from tests.sweeps import new_storage, stored_trials
 from training import checkpoint
 from training.experiment import TrialRun
-from tune.report.projection import noted_runs
+from tune.report.leaderboard import noted_runs
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial
 from tune.spec import KEPT_CHECKPOINTS

@@ -110,7 +110,8 @@ def test_only_our_packages_are_shipped_all_of_them(monkeypatch: pytest.MonkeyPat
     shipped = executor.shipped("empty")
     names = {Path(path).name for path in shipped["py_modules"]}
     root = Path(executor.__file__).parents[2]
-    assert names == {path.parent.name for path in root.glob("*/__init__.py")} - {"tests", "benchmarks"} | {"hparams.py"}
+    packages = {path.parent.name for path in root.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert names == packages | {"errors.py", "hparams.py"}
     assert all(Path(path).exists() for path in shipped["py_modules"])
     assert set(shipped) == {"py_modules", "env_vars", "working_dir"}
     assert shipped["working_dir"] == "empty"

@@ -25,8 +25,8 @@ from tests.sweeps import epoch_record, everything, files_with, in_child, kept_li
 from training.locations import check_writable, names
 from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import Nodes
-from tune.report.leaderboard import rows, sweep_lines
-from tune.report.projection import Projection, noted_runs
+from tune.report.leaderboard import noted_runs, rows, sweep_lines
+from tune.report.projection import Projection
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import RETRAIN, Ledger
 from tune.search.space import Space

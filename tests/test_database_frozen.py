@@ -40,7 +40,7 @@ from tune.cluster import executor
 from tune.store.postgres import PostgresStore
 from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
-from tune.sweep import execute
+from tune.execution import execute
 
 url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.sweep_process import PATIENCE, ROOT
 from tests.sweeps import make_sweep
-from tune import sweep as sweep_module
+from tune import commands
 from tune.cluster import interruption as driver_module
 from tune.cluster.interruption import LOOK_SECONDS, Interruption
 from tune.search.coordinator import Coordinator
@@ -29,7 +29,7 @@ from tune.cluster import interruption as driver
 from tune.cluster import executor
 from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
-from tune.sweep import execute
+from tune.execution import execute
 
 def run(coordinator, spec, interruption, say):
     if sys.argv[2] == "gone":
@@ -74,7 +74,7 @@ def test_a_driver_that_cannot_be_reached_ends_with_its_last_words(storage: Path,
     elif how == "Ctrl-C":
         driver.send_signal(signal.SIGINT)
     elif how == "stop":
-        assert sweep_module.stop("first", storage) == 0
+        assert commands.stop("first", storage) == 0
     assert driver.wait(30) == code
     if said:
         shown = b""

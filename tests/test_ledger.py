@@ -803,6 +803,10 @@ def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: 
     later = [r for r in coordinator.ledger.records.values() if r.method == "cdr" and r.number not in finished]
     assert later
     assert all(record.values["sparsity"] == record.params["cdr.sparsity"] for record in later)
+    again = Ledger(sweep, read_only=True)  # now that later trials have it
+    assert {number: again.records[number].values for number in finished} == {
+        number: ledger.records[number].values for number in finished
+    }
 
 
 def test_a_parameter_that_only_one_trial_lacks_is_damage(tmp_path: Path) -> None:

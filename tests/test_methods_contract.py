@@ -22,7 +22,7 @@ from data.table import Batch, TrainData
 from hparams import build, declared
 from methods import METHODS, base
 from methods.base import Clock, MakeNet, Method, Step, Task
-from models import Network
+from models.network import Network
 
 N, K, EPOCHS, BATCH = 41, 4, 6, 8  # 41 = 5 * 8 + 1; no tensor of a network has a side of 41
 RESUMED_AT = (1, 4)

@@ -20,7 +20,7 @@ from methods import dividemix
 from methods.base import Clock, SingleNet, first_epoch
 from methods.dividemix import DivideMix, DivideMixConfig, Portion, believed, cycled, refined, sharpened
 from methods.parts.mixture import min_max
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,

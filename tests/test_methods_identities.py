@@ -23,7 +23,7 @@ from methods.base import Clock, Config, Learner, Method, SingleNet, Step, first_
 from methods.co_teaching import CoTeaching, CoTeachingConfig, small_losses
 from methods.elr import EarlyLearningRegularization
 from methods.selc import SELC
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,

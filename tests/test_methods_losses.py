@@ -31,7 +31,7 @@ from losses import (
 )
 from methods import METHODS
 from methods.base import Clock, SingleNet, first_epoch, half_cosine
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_losses import cases, few, gradient, one_hot
 from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_task
@@ -687,12 +687,12 @@ UNIFORM = HERE + "test_normalized_cross_entropy_of_a_uniform_prediction[10]"
 PINNED = HERE + "test_defaults_of_every_method_and_those_that_no_equation_pins"
 
 MUTATIONS = [
-    Mutation("methods/base.py", '        0.05, "learning rate', '        0.055, "learning rate', PINNED),
-    Mutation("methods/base.py", "        1e-3,", "        1.1e-3,", PINNED),
-    Mutation("methods/base.py", "hyperparameter(0.9,", "hyperparameter(0.99,", PINNED),
-    Mutation("methods/base.py", "hyperparameter(128,", "hyperparameter(141,", PINNED),
-    Mutation("methods/base.py", 'hyperparameter(0.0, "prob', 'hyperparameter(0.1, "prob', PINNED),
-    Mutation("methods/base.py", 'hyperparameter(0.0, "mass', 'hyperparameter(0.1, "mass', PINNED),
+    Mutation("methods/config.py", '        0.05, "learning rate', '        0.055, "learning rate', PINNED),
+    Mutation("methods/config.py", "        1e-3,", "        1.1e-3,", PINNED),
+    Mutation("methods/config.py", "hyperparameter(0.9,", "hyperparameter(0.99,", PINNED),
+    Mutation("methods/config.py", "hyperparameter(128,", "hyperparameter(141,", PINNED),
+    Mutation("methods/config.py", 'hyperparameter(0.0, "prob', 'hyperparameter(0.1, "prob', PINNED),
+    Mutation("methods/config.py", 'hyperparameter(0.0, "mass', 'hyperparameter(0.1, "mass', PINNED),
     Mutation("methods/gce.py", "        0.7,", "        0.77,", PINNED),
     Mutation("methods/elr.py", "        3.0,", "        3.3,", PINNED),
     Mutation("methods/alr.py", "        0.2,", "        0.22,", PINNED),

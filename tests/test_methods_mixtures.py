@@ -28,7 +28,7 @@ from methods.parts.mixture import BetaMixture, GaussianMixture, min_max, two_mea
 from methods.parts.training_pass import pass_over_training_set
 from methods.parts.turning_point import TurningPoint
 from methods.selc import SELC, SELCConfig
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,

@@ -24,7 +24,7 @@ from methods.cdr import CDRConfig, critical_gradients
 from methods.ctrr import CTRR, ContrastiveNetwork, CTRRConfig
 from methods.elr_plus import ELRPlus, ELRPlusConfig, ramp_up, weighed
 from methods.parts.moving_average import MovingAverage
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import (
     BATCH,

@@ -19,7 +19,7 @@ from losses import corrected_probabilities, cross_entropy, divergence_from, imba
 from methods.base import Clock, half_cosine
 from methods.sop import SOP, SOPConfig, modelled_noise
 from methods.sop_plus import SOPPlusConfig
-from models import Network
+from models.network import Network
 from tests.mutation import Mutation
 from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_task
 from tests.test_methods_identities import given_one_hot, linear_net, net_state, nets_in_turn, trained, without_dropout

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from models import MODELS, Network, make_model
+from models import MODELS, make_model
+from models.network import Network
 
 PRETRAINED = "resnet50-imagenet:pretrained"
 FROM_SCRATCH = [name for name in MODELS if name != PRETRAINED]

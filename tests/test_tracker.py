@@ -21,9 +21,9 @@ from tests.sweeps import CREATED, epoch_record, made_up, make_sweep, metric_line
 from tune.report import leaderboard as report
 from tune.report import projection as projection_module
 from tune.report import tracker as tracker_module
-from tune.report.leaderboard import plots_page, rows
+from tune.report.leaderboard import noted_runs, plots_page, rows
 from tune.report.mlflow_database import prepare
-from tune.report.projection import BATCH, Projection, noted_runs, run_name
+from tune.report.projection import BATCH, Projection, run_name
 from tune.report.tracker import Tracker
 from tune.report.tracking import tracking_uri
 from tune.search.coordinator import Coordinator

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from tests.test_tracker import play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune.report import tracker as tracker_module
-from tune.report.projection import Projection, noted_runs
+from tune.report.leaderboard import noted_runs
+from tune.report.projection import Projection
 from tune.report.tracker import Tracker
 from tune.report.tracking import tracking_uri
 from tune.search.ledger import Ledger

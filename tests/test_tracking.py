@@ -14,12 +14,12 @@ import search
 from tests.test_tracker import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import sweep as sweep_module
 from tune.checks import clean, launch_tracking
+from tune.execution import Outcome
 from tune.report import projection as projection_module
 from tune.report import tracker as tracker_module
 from tune.report.tracker import Tracker
 from tune.report.tracking import sqlite_uri, tracking_uri
 from tune.search.ledger import Ledger
-from tune.sweep import Outcome
 
 SETTINGS = {
     "MLFLOW_EXPERIMENT_NAME": "theirs",

@@ -16,7 +16,7 @@ from tune import sweep as verbs
 from tune.search.ledger import Ledger
 from tune.search.recipes import from_flags
 from tune.search.space import Space
-from tune.search.warm_start import TAKEN, WarmStart, warm_start
+from tune.search.warm_start import NUM_TAKEN, WarmStart, warm_start
 from tune.spec import make_spec
 from tune.store.stored_sweep import Sweep
 
@@ -56,7 +56,7 @@ def test_the_best_complete_trials_come_first_best_first(tmp_path: Path) -> None:
     sweep = finished(tmp_path, "old", [(ce(0.09), None), *((ce(lr), v) for lr, v in zip(LRS, values, strict=True))])
     before = bytes_below(sweep.folder)
     warm = taken(tmp_path, epochs=200, noise="pair:0.2")
-    assert TAKEN == 5
+    assert NUM_TAKEN == 5
     assert warm.params == [ce(0.03), ce(0.06), ce(0.04), ce(0.05), ce(0.02)]
     assert warm.lines == ["from old: 5 of its best 5 configurations run first (trials 2, 5, 3, 4, 1)"]
     assert warm.provenance == {"from": {"sweep": "old", "id": "old-0123456789abcdef", "trials": [2, 5, 3, 4, 1]}}
@@ -143,7 +143,7 @@ def test_published_defaults_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     spec = make_spec({"method": ("ce",), "model": "mlp", "sampler": "random", "trials": 6})
     default, _ = Space(spec).defaults("ce", spec)
     finished(tmp_path, "old", [(ce(0.1), 0.9), (default if default_is_taken else ce(0.02), 0.8)])
-    monkeypatch.setattr(verbs, "execute", lambda sweep, kind, command: verbs.Outcome(0))
+    monkeypatch.setattr(verbs, "execute", lambda *_: verbs.Outcome(0))
     verbs.launch("new", tmp_path, spec, old="old")
     sweep = Sweep.find(tmp_path, "new")
     assert sweep.provenance["from"] == {"sweep": "old", "id": "old-0123456789abcdef", "trials": [0, 1]}
@@ -170,7 +170,7 @@ def test_published_defaults_are_those_for_the_number_of_classes(
     tmp_path: Path, forty_classes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the first trial of a sweep, in what a warm start lacks, and in ``train``."""
-    monkeypatch.setattr(verbs, "execute", lambda sweep, kind, command: verbs.Outcome(0))
+    monkeypatch.setattr(verbs, "execute", lambda *_: verbs.Outcome(0))
     old = {"lr": 0.01, "weight_decay": 0.001, "sce.alpha": 3.0}
     finished(tmp_path, "old", [(old, 0.9)], method=("sce",), set={"sce.beta": "1"})
     fields = {"method": ("sce",), "model": "mlp", "data": forty_classes, "noise": "none"}

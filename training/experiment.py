@@ -12,15 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from data.dataset import Dataset, DataSpec
+from data.dataset import Dataset
 from data.memory import dataset_on, shared_dataset
 from data.seeds import derive
+from data.spec import DataSpec
 from data.views import make_views
 from hparams import Value, build
 from methods import find_method
 from methods.base import Task
-from models import Network, make_model
+from models import make_model
+from models.network import Network
 from training import checkpoint
+from training.epoch_record import EpochRecord as EpochRecord
 from training.fit import Epoch, fit
 from training.locations import Location
 from training.statistics import RefinementStatistics
@@ -51,16 +54,6 @@ class Recipe(DataSpec):
         """The data set that it is run on, for batches on ``device``."""
         spec = DataSpec.of(self)
         return shared_dataset(spec) if device == "cpu" else dataset_on(device, spec)
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One finished epoch as the ledger keeps it: ``objective`` is what the search compares, ``time`` seconds since 1970."""
-
-    epoch: int
-    time: float
-    objective: float
-    metrics: dict[str, float]
 
 
 def objective_window(epochs: int) -> int:

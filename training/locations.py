@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+from errors import UserError
+
 AT = "an @ that ends no login is written %40"
 
 
@@ -46,7 +48,7 @@ class Remote:
         has_user = "@" in parts.netloc and not container  # elsewhere it is part of a name, but for what a colon precedes
         secrets = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)} & {"client_secret", "sig"}
         if has_user or ":" in userinfo or secrets:
-            raise ValueError(f"{shown!r} is not allowed with credentials in the URL; they come from the environment")
+            raise UserError(f"{shown!r} is not allowed with credentials in the URL; they come from the environment")
         self._root = f"{parts.scheme}://{parts.netloc}/"
         self._path = parts.path.strip("/")
         self._query = f"?{parts.query}" if parts.query else ""

@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
-from data.dataset import DataSpec
-from data.noise import parse_noise
-from data.sources import Source
-from data.split import KINDS as SPLITS
-from data.views import VIEWS
+from data.names import OWN_IMAGES, SPLITS, VIEW_DESCRIPTIONS
+from data.noise_spec import parse_noise
+from data.sources import Source, check_name
+from data.spec import DataSpec
+from errors import UserError
 from hparams import Interval, Value
 from methods import METHODS, find_method
+from methods import check_name as check_method
 from models import MODELS
 
 MAX_LOST = 3  # processes that a trial may lose without a new epoch in between before it counts as failed
@@ -96,23 +97,23 @@ class SweepSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in ``sweep.yaml``."""
-        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for name, v in held.items()}
+        values = ((one.name, getattr(self, one.name)) for one in dataclasses.fields(self))
+        return {name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v for name, v in values}
 
     def rungs(self) -> list[int]:
         """Epochs at which ASHA decides, ascending; empty without a scheduler."""
         if self.scheduler == "none":
             return []
-        rung, found = self.grace_epochs or max(1, math.ceil(self.epochs / 10)), []
+        rung, rungs = self.grace_epochs or max(1, math.ceil(self.epochs / 10)), []
         while rung < self.epochs:
-            found.append(rung)
+            rungs.append(rung)
             rung *= self.reduction_factor
-        return found
+        return rungs
 
     def source_defaults(self) -> dict[str, Value]:
         """Config values that the data set brings, for the fields that every method has."""
-        found = {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
-        return {**found, "views": self.views} if self.views else found
+        defaults = {name: value for name, value in self.source().defaults.items() if name not in ("noise", "model")}
+        return {**defaults, "views": self.views} if self.views else defaults
 
     def source(self) -> Source:
         """Where its data come from."""
@@ -130,43 +131,43 @@ EXECUTION = {name for name, f in FIELDS.items() if f.metadata["execution"]}
 
 
 def read_pairs(name: str, items: object) -> dict[str, str]:
-    """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. ValueError names the item that is neither."""
+    """``NAME=VALUE`` strings, or a YAML mapping, as a dictionary. UserError names the item that is neither."""
     if isinstance(items, Mapping):
         return {str(k): ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in items.items()}
     pairs = {}
     for item in items if isinstance(items, (list, tuple)) else [items]:
         key, sign, value = str(item).partition("=")
         if not (sign and key.strip() and value.strip()):
-            raise ValueError(f"--{name}: {item!r} is not readable; write NAME=VALUE")
+            raise UserError(f"--{name}: {item!r} is not readable; write NAME=VALUE")
         pairs[key.strip()] = value.strip()
     return pairs
 
 
 def read_field(name: str, value: object, *, stored: bool = False) -> Any:
-    """One field's value from a flag or from YAML, checked. ValueError names the value and what is allowed. One that is
+    """One field's value from a flag or from YAML, checked. UserError names the value and what is allowed. One that is
     ``stored`` was allowed when its sweep was launched."""
-    declared = FIELDS[name]
+    declaration = FIELDS[name]
     if name in ("set", "range"):
         return read_pairs(name, value)
     if name == "method":
         words = [str(w).strip() for w in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
         return tuple(dict.fromkeys(words))
-    if declared.type == "bool":
+    if declaration.type == "bool":
         word = str(value).strip().lower()
         if word not in ("true", "false"):
-            raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
+            raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be true or false")
         return word == "true"
-    kind = {"int": int, "float": float, "str": str}[str(declared.type)]
+    kind = {"int": int, "float": float, "str": str}[str(declaration.type)]
     try:
         result = kind(str(value).strip())
         if kind is int:
             float(result)  # what does not fit into a float is no number of anything
     except (ValueError, OverflowError):
         result = None
-    legal = declared.metadata["legal"]
+    legal = declaration.metadata["legal"]
     if result is None or (legal and not stored and not (math.isfinite(result) and result in Interval.parse(legal))):
         allowed = f"{'an integer' if kind is int else 'a number'} in {legal}"
-        raise ValueError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
+        raise UserError(f"--{name.replace('_', '-')}: {value!r} is not allowed; it must be {allowed}")
     return result
 
 
@@ -183,21 +184,21 @@ class SpecLoader(yaml.BaseLoader):
 
 def read_yaml(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """A spec file as field values: KEY: VALUE lines, or the record of a sweep, ``sweep.yaml``, of whose fields those that say
-    something are taken. ValueError for a file that cannot be read, is no mapping, or has an unknown key."""
+    something are taken. UserError for a file that cannot be read, is no mapping, or has an unknown key."""
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if content is None:  # empty, or comments only
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
+        raise UserError(f"{path} must hold KEY: VALUE lines; known keys are {', '.join(FIELDS)}")
     if is_record(content):
         say(f"{path} is the record of a sweep: what was asked for is taken over, its provenance is not")
         content = {key: value for key, value in content["spec"].items() if value != ""}
     for key in content:
         if key not in FIELDS:
-            raise ValueError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
+            raise UserError(f"{path}: unknown key {key!r}; known are {', '.join(FIELDS)}")
     return {key: read_field(key, value) for key, value in content.items()}
 
 
@@ -207,28 +208,30 @@ def is_record(content: object) -> bool:
 
 
 def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
-    """A checked spec with the data set's own noise and network filled in. ValueError names what is wrong.
+    """A checked spec with the data set's own noise and network filled in. UserError names what is wrong.
 
-    What a record does not say that is ``stored`` is what was done before it could be said: its views stay "auto".
+    One that is ``stored`` was made whole and checked when its sweep was launched, so that it is read without asking its data
+    set. What a record of an earlier version does not say is what was done before it could be said: its views stay "auto".
     """
     spec = SweepSpec(**values)
     if spec.method == ("all",):
         fitting = [name for name, method in METHODS.items() if spec.trusted or not method.needs_trusted]
         spec = dataclasses.replace(spec, method=tuple(fitting))
     for name in spec.method:
-        if find_method(name).needs_trusted and not spec.trusted:
-            raise ValueError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
-    source = spec.source()
-    if not source.image_size:
-        for name in ("image_size", "resize", "background", "follow_links"):
-            if value := getattr(spec, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
-    noise = str(parse_noise(spec.noise or str(source.defaults["noise"])))
-    model = spec.model or str(source.defaults["model"])
+        check_method(name)
+    if not stored:
+        require_trusted(spec)
+    has_size = check_name(spec.data) not in OWN_IMAGES
+    for name in ("image_size", "resize", "background", "follow_links") if has_size else ():
+        if value := getattr(spec, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: {value} is not allowed; images of {spec.data} have a size of their own")
+    if not (stored and spec.noise and spec.model and (spec.image_size or has_size)):
+        spec = _completed(spec, stored)
+    spec = dataclasses.replace(spec, noise=str(parse_noise(spec.noise)))
     for name, value, known in (
-        ("model", model, list(MODELS)),
-        ("views", spec.views, ["", *VIEWS]),
+        ("model", spec.model, list(MODELS)),
+        ("views", spec.views, ["", *VIEW_DESCRIPTIONS]),
         ("precision", spec.precision, ["auto", "float32", "bfloat16"]),
         ("compile", spec.compile, ["off", "on"]),
         ("sampler", spec.sampler, ["tpe", "random"]),
@@ -236,24 +239,44 @@ def make_spec(values: Mapping[str, Any], *, stored: bool = False) -> SweepSpec:
         ("split", spec.split, ["", *SPLITS]),
     ):
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known are {', '.join(filter(None, sorted(known)))}")
+            raise UserError(f"unknown {name} {value!r}; known are {', '.join(filter(None, sorted(known)))}")
     if 0 < spec.gpus_per_trial < 0.0001:
-        raise ValueError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
+        raise UserError(f"--gpus-per-trial: {spec.gpus_per_trial:g} is not allowed; it must be 0 or a number from 0.0001 to 1")
     if spec.gpu_hours and not spec.gpus_per_trial:
-        raise ValueError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
-    views = spec.views if stored else spec.views or source.launch_views or source.views
-    return dataclasses.replace(spec, data=source.name, image_size=source.image_size, noise=noise, model=model, views=views)
+        raise UserError(f"--gpu-hours: {spec.gpu_hours:g} is not allowed; it must be 0 where --gpus-per-trial is 0")
+    return spec
+
+
+def _completed(spec: SweepSpec, stored: bool) -> SweepSpec:
+    """The spec with what its data set says where the user says nothing."""
+    source = spec.source()
+    return dataclasses.replace(
+        spec,
+        data=source.name,
+        image_size=source.image_size,
+        noise=spec.noise or str(source.defaults["noise"]),
+        model=spec.model or str(source.defaults["model"]),
+        views=spec.views if stored else spec.views or source.launch_views or source.views,
+    )
 
 
 def set_before(read: Mapping[str, Any]) -> dict[str, str]:
     """The fixed values of a record of the version before, and those that its methods had by default and have no more."""
-    given = {**read.get("set", {}), **read.get("range", {})}
-    own = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
-    return {**{name: v for name, v in own.items() if not {name, name.partition(".")[2]} & set(given)}, **read.get("set", {})}
+    in_record = {**read.get("set", {}), **read.get("range", {})}
+    by_default = {name: value for name, value in BEFORE_SET.items() if name.partition(".")[0] in read.get("method", ())}
+    unsaid = {name: value for name, value in by_default.items() if not {name, name.partition(".")[2]} & set(in_record)}
+    return {**unsaid, **read.get("set", {})}
+
+
+def require_trusted(spec: SweepSpec) -> None:
+    """UserError where a method learns from samples with clean labels, too, and is to get none."""
+    for name in spec.method:
+        if find_method(name).needs_trusted and not spec.trusted:
+            raise UserError(f"{name} learns from samples with clean labels, too: give their number with --trusted")
 
 
 def check_trusted(spec: SweepSpec) -> None:
-    """ValueError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
+    """UserError where a method is to learn from one clean sample: batch normalisation cannot train on one image."""
     for name in spec.method:
         if find_method(name).needs_trusted and spec.trusted < 2:
-            raise ValueError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")
+            raise UserError(f"--trusted: {spec.trusted} is not allowed with {name}; it must be an integer in [2, inf)")

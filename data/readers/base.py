@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.folders import data_folder
+from errors import UserError
 from hparams import Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 BLOCK_BYTES = 2**22  # of images that are handed on at a time, about
@@ -56,8 +57,8 @@ class RawTable:
         shape = (num, channels, height, width)
 
         def blocks(rows: Sequence[int]) -> Iterator[Block]:
-            index, length = torch.tensor(rows, dtype=torch.int64), max(1, BLOCK_BYTES // images[0].numel())
-            return (Block(images[part]) for part in index.split(length))  # type: ignore[no-untyped-call]
+            length = max(1, BLOCK_BYTES // images[0].numel())
+            return (Block(images[list(rows[first : first + length])]) for first in range(0, len(rows), length))
 
         return RawTable(shape, blocks, num_classes, truth, given, split, classes)
 
@@ -99,4 +100,4 @@ Reader = Callable[[str, Options], Source]
 def without_argument(name: str, argument: str) -> None:
     """ValueError where a data set that takes no argument has one."""
     if argument:
-        raise ValueError(f"data set {name}: {argument!r} is not allowed after it; write {name}")
+        raise UserError(f"data set {name}: {argument!r} is not allowed after it; write {name}")

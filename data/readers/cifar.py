@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.folders import alone
 from data.readers.base import TEST, TRAIN, Options, RawTable, Source, without_argument
+from errors import UserError
 
 
 class Published(NamedTuple):
@@ -147,7 +148,7 @@ def _human(name: str, clean: str, argument: str, options: Options) -> Source:
     keys = HUMAN_LABELS[name]
     if argument not in keys:
         known = ", ".join(f"{name}:{key}" if key else name for key in keys)
-        raise ValueError(f"data set {name}: {argument!r} is not one of its labels; write {known}")
+        raise UserError(f"data set {name}: {argument!r} is not one of its labels; write {known}")
     path = options.root.absolute() / HUMAN_FILES[name]
     return _source(f"{name}:{argument}" if argument else name, clean, options, path, keys[argument])
 
@@ -160,7 +161,7 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
     def build() -> RawTable:
         missing = published.missing(folder)
         if missing and not options.download:
-            raise ValueError(f"data set {name}: {missing[0]} is not in {folder}; put it there as published, or use --download")
+            raise UserError(f"data set {name}: {missing[0]} is not in {folder}; put it there as published, or use --download")
         if missing:
             _download(clean, root)
         table = read_cifar(folder, published)
@@ -177,7 +178,7 @@ def _source(name: str, clean: str, options: Options, human: Path | None = None, 
             return ""
         if not human.is_file():
             where = "published at github.com/UCSC-REAL/cifar-10-100n"
-            raise ValueError(f"data set {name}: {human.name} is not in {root}; put it there, as {where}")
+            raise UserError(f"data set {name}: {human.name} is not in {root}; put it there, as {where}")
         return hashlib.sha256(human.read_bytes()).hexdigest()
 
     return Source(
@@ -212,7 +213,7 @@ def _download(name: str, root: Path) -> None:
                 for path in (Path(scratch) / published.folder).iterdir():
                     path.replace(folder / path.name)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"data set {name}: {known.url} cannot be brought to {root} ({error})") from error
+        raise UserError(f"data set {name}: {known.url} cannot be brought to {root} ({error})") from error
 
 
 def read_cifar(folder: Path, published: Published) -> RawTable:
@@ -230,7 +231,7 @@ def read_cifar(folder: Path, published: Published) -> RawTable:
 def _read(folder: Path, file: str, md5: str) -> Any:
     content = (folder / file).read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError(f"{folder / file} is not the published file (its MD5 differs); delete it, and use --download")
+        raise UserError(f"{folder / file} is not the published file (its MD5 differs); delete it, and use --download")
     return Unpickler(io.BytesIO(content), encoding="latin1").load()
 
 
@@ -247,12 +248,12 @@ def read_human(path: Path, key: str, truth: Tensor, num_classes: int) -> Tensor:
         clean, given = (torch.from_numpy(column.astype(np.int64)) for column in columns)
     except DAMAGE as error:
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} cannot be read ({' '.join(reason.split())})") from error
+        raise UserError(f"{path} cannot be read ({' '.join(reason.split())})") from error
     if not torch.equal(clean, truth):
-        raise ValueError(f"{path}: its clean_label is not that of these {len(truth)} images; it is another or a damaged file")
+        raise UserError(f"{path}: its clean_label is not that of these {len(truth)} images; it is another or a damaged file")
     whole = np.array_equal(columns[1], given.numpy())
     if not whole or given.shape != truth.shape or not bool(((given >= 0) & (given < num_classes)).all()):
-        raise ValueError(f"{path}: {key} is not {len(truth)} labels of 0..{num_classes - 1}")
+        raise UserError(f"{path}: {key} is not {len(truth)} labels of 0..{num_classes - 1}")
     return given
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.processors import num_processors
 from data.readers.base import BLOCK_BYTES, TEST, TRAIN, Block, RawTable
 from data.readers.pixels import DamagedImageError, Decoding, Flag, decode, suffixes, survey
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Listing:
         """A test row's label is its clean label, where no other is known. ValueError where there are no training images."""
         split = torch.zeros_like(self.given) if self.split is None else self.split
         if not bool((split == TRAIN).any()):
-            raise ValueError(f"{self.folder} holds no training images")
+            raise UserError(f"{self.folder} holds no training images")
         truth = torch.full_like(self.given, -1) if self.truth is None else self.truth
         truth = torch.where((split == TEST) & (truth < 0), self.given, truth)
         return RawTable(
@@ -94,7 +95,7 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
 
 
 def entries(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -113,7 +114,7 @@ def files_under(folder: Path) -> Iterator[Path]:
     yield from files
     for below in folders:
         if below.is_symlink() and folder.resolve().is_relative_to(below.resolve()):
-            raise ValueError(f"{below} is a link to a folder that it lies in")
+            raise UserError(f"{below} is a link to a folder that it lies in")
         yield from files_under(below)
 
 
@@ -132,7 +133,7 @@ def check_files(folder: Path, names: Sequence[str], listed_in: object) -> None:
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{listed_in}: {missing[0]} is missing in {folder}{more}")
+        raise UserError(f"{listed_in}: {missing[0]} is missing in {folder}{more}")
 
 
 def read_blocks(paths: Sequence[str], how: Decoding, rows: Sequence[int]) -> Iterator[Block]:

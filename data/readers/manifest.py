@@ -17,6 +17,7 @@ import torch
 from data.readers.base import TEST, TRAIN, VALIDATION, Options
 from data.readers.images import Listing, check_files, is_inside
 from data.text import hint, look_alike_notes, read_text, some
+from errors import UserError
 
 SPLITS = {"train": TRAIN, "val": VALIDATION, "validation": VALIDATION, "test": TEST}
 SPLIT_FOLDERS = SPLITS | {"training": TRAIN, "valid": VALIDATION, "dev": VALIDATION, "testing": TEST}  # in any case
@@ -49,16 +50,16 @@ def _header(path: Path, text: str) -> Header:
     header = max(read, key=lambda header: len(set(COLUMNS) & set(header.columns)))
     columns = header.columns
     if not any(columns):
-        raise ValueError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
+        raise UserError(f"manifest {path} is empty; its first line must name the columns: {', '.join(COLUMNS)}")
     for column in COLUMNS:
         if columns.count(column) > 1:
-            raise ValueError(f"manifest {path}: column {column!r} is there {columns.count(column)} times; once is needed")
+            raise UserError(f"manifest {path}: column {column!r} is there {columns.count(column)} times; once is needed")
     for column in NEEDED:
         if column not in columns:
             others = [name for name in columns if name not in COLUMNS]
             meant = next((name for name in others if hint(name, COLUMNS) == hint(column, [column])), "")
             there = f"{meant!r} is there{hint(meant, COLUMNS)}" if meant else f"it has {some([repr(name) for name in columns])}"
-            raise ValueError(f"manifest {path}: the first line must name the column {column!r}; {there}")
+            raise UserError(f"manifest {path}: the first line must name the column {column!r}; {there}")
     return header
 
 
@@ -78,14 +79,14 @@ def _rows(path: Path, text: str, header: Header) -> Iterator[Row]:
             if not cells:
                 continue
             if len(cells) != len(header.columns):
-                raise ValueError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(header.columns)}")
+                raise UserError(f"{_at(path, line)}: {len(cells)} cells; the header has {len(header.columns)}")
             words = ((name, cells[place].strip()) for place, name in known)
             row = Row(line, **{name: word if name == "path" else sys.intern(word) for name, word in words})
             if not row.path:
-                raise ValueError(f"{_at(path, line)}: path must not be empty")
+                raise UserError(f"{_at(path, line)}: path must not be empty")
             yield row
     except csv.Error as error:
-        raise ValueError(f"manifest {path}, after line {lines.line_num}: {error}") from error
+        raise UserError(f"manifest {path}, after line {lines.line_num}: {error}") from error
 
 
 def _at(path: Path, line: int) -> str:
@@ -103,9 +104,9 @@ def check_path(top: Path, real: Callable[[str], str], name: str, listed_in: str,
         if (os.path.realpath(path) if os.path.islink(path) else path).startswith(real(str(top)) + os.sep):
             return
     if os.path.isabs(name):
-        raise ValueError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
+        raise UserError(f"{listed_in}: {name!r} is not allowed; write paths from {top} on, where the images must lie")
     more = " (links that lead out of it: --follow-links)" if is_inside(name) else ""
-    raise ValueError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder{more}")
+    raise UserError(f"{listed_in}: {name!r} leads out of {top}; images must lie in that folder{more}")
 
 
 def read_manifest(path: Path, options: Options) -> Listing:
@@ -114,14 +115,14 @@ def read_manifest(path: Path, options: Options) -> Listing:
     header = _header(path, text)
     rows = list(_rows(path, text, header))
     if not rows:
-        raise ValueError(f"manifest {path} has no rows")
+        raise UserError(f"manifest {path} has no rows")
     real = functools.cache(os.path.realpath)
     seen: dict[str, str] = {}
     for row in rows:
         check_path(path.parent, real, row.path, _at(path, row.line), options)
         place = os.path.normpath(row.path)
         if place in seen:
-            raise ValueError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
+            raise UserError(f"{_at(path, row.line)}: {row.path!r} is listed twice, first as {seen[place]!r}")
         seen[place] = row.path
     check_files(path.parent, [row.path for row in rows], f"manifest {path}")
     extra = [
@@ -136,7 +137,7 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
     if unlabelled:
         rest = len(unlabelled) - 1
         more = f", and so in {rest} more row{'s' if rest > 1 else ''}" if rest else ""
-        raise ValueError(
+        raise UserError(
             f"{_at(path, unlabelled[0].line)}: {unlabelled[0].label!r} is not a label{more}; leave out images without one (a"
             f" class that is really called so can be given as a folder: folder:PATH)"
         )
@@ -144,11 +145,11 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
     for row in rows:
         if is_split and row.split.lower() not in SPLIT_FOLDERS:
             close, allowed = hint(row.split.lower(), SPLIT_FOLDERS), ", ".join(SPLIT_FOLDERS)
-            raise ValueError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{close}; write one of {allowed}")
+            raise UserError(f"{_at(path, row.line)}: split {row.split!r} is not allowed{close}; write one of {allowed}")
     split = [SPLIT_FOLDERS[row.split.lower()] if is_split else TRAIN for row in rows]
     trained = [row for row, part in zip(rows, split, strict=True) if part == TRAIN]
     if not trained:
-        raise ValueError(f"manifest {path} has no training rows")
+        raise UserError(f"manifest {path} has no training rows")
     numbers = all(WHOLE.fullmatch(row.label) for row in rows)
 
     def read(text: str) -> str:
@@ -157,18 +158,18 @@ def _labelled(path: Path, rows: list[Row], notes: list[str]) -> Listing:
 
     classes = sorted({read(row.label) for row in trained}, key=int if numbers else None)
     if numbers and int(classes[0]) < 0:
-        raise ValueError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
+        raise UserError(f"manifest {path}: label {classes[0]} is not allowed; integers must not be negative")
     index = {name: label for label, name in enumerate(classes)}
     unknown = dict.fromkeys(NO_LABEL, -1)
     others: dict[str, int] = {}  # truths that are no class, and how often
     for row, part in zip(rows, split, strict=True):
         truth = read(row.truth)
         if read(row.label) not in index:
-            raise ValueError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{hint(row.label, classes)}")
+            raise UserError(f"{_at(path, row.line)}: label {row.label!r} is in no training row{hint(row.label, classes)}")
         if truth not in index and truth not in unknown:
             if part == TEST:
                 close = hint(truth, classes)
-                raise ValueError(f"{_at(path, row.line)}: truth {truth!r} of a test row is not one of the labels{close}")
+                raise UserError(f"{_at(path, row.line)}: truth {truth!r} of a test row is not one of the labels{close}")
             others[truth] = others.get(truth, 0) + 1
     if others:
         named = some([f"{name!r}{hint(name, classes)}" for name in others])

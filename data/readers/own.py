@@ -28,6 +28,7 @@ from data.readers.images import (
 from data.readers.manifest import SPLIT_FOLDERS, SPLITS, check_path, read_manifest
 from data.readers.pixels import RESIZES, read_colour, shorter_side
 from data.text import hint, look_alike_notes
+from errors import UserError
 
 LARGEST = 224  # side of images, unless more is asked for
 LARGEST_SMALL = 64  # up to this side images are augmented and learnt as those of CIFAR are, above it as those of ImageNet
@@ -60,7 +61,7 @@ def manifest(argument: str, options: Options) -> Source:
 
 def _path(kind: str, argument: str, form: str) -> Path:
     if not argument:
-        raise ValueError(f"data set {kind} needs a path; write {kind}:{form}")
+        raise UserError(f"data set {kind} needs a path; write {kind}:{form}")
     return Path(os.path.abspath(os.path.expanduser(argument)))
 
 
@@ -69,17 +70,17 @@ def _source(kind: str, path: Path, read: Callable[[], Listing], options: Options
     name = f"{kind}:{path}"
     resize, background = options.resize or "crop", options.background or "white"
     if resize not in RESIZES:
-        raise ValueError(f"--resize: {resize!r} is not allowed; it must be one of {', '.join(RESIZES)}")
+        raise UserError(f"--resize: {resize!r} is not allowed; it must be one of {', '.join(RESIZES)}")
     read_colour(background)
 
     @functools.cache
     def listing() -> Listing:
         if not (path.is_file() if kind == "manifest" else path.is_dir()):
-            raise ValueError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")
+            raise UserError(f"data set {name}: there is no such {'file' if kind == 'manifest' else 'folder'}")
         with reading(f"data set {name}"):
             found = read()
         if len(found.classes) < 2:
-            raise ValueError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
+            raise UserError(f"data set {name}: there must be at least two classes, not {len(found.classes)}")
         return found
 
     with reading(f"data set {name}"):
@@ -135,11 +136,11 @@ def _parts(path: Path) -> list[tuple[int, Path]]:
     if not parts or (others and not trained):
         return [(TRAIN, path)]
     if others:
-        raise ValueError(
+        raise UserError(
             f"folder {path} has {parts[0][1].name} and {others[0]}; write {', '.join(SPLITS)} above the classes, or none"
         )
     if not trained:
-        raise ValueError(f"folder {path} has {', '.join(top.name for _, top in parts)}, but no train")
+        raise UserError(f"folder {path} has {', '.join(top.name for _, top in parts)}, but no train")
     return parts
 
 
@@ -150,7 +151,7 @@ def _images(path: Path) -> tuple[list[Path], Counter[str]]:
     others = count_suffixes([file for file in files if not is_image(file)])
     if not images:
         held = f"it holds {in_words(others)}" if others else "it is empty"
-        raise ValueError(f"class folder {path} holds no images that Pillow reads; {held}")
+        raise UserError(f"class folder {path} holds no images that Pillow reads; {held}")
     return images, others
 
 
@@ -158,7 +159,7 @@ def _read_folder(path: Path, options: Options) -> Listing:
     parts = _parts(path)
     classes = tuple(below.name for below in entries(parts[0][1])[0])
     if not classes:
-        raise ValueError(f"folder {parts[0][1]} has no class folders; one per class is needed")
+        raise UserError(f"folder {parts[0][1]} has no class folders; one per class is needed")
     left_out: Counter[str] = Counter()
     for part in sorted({path, *(part for _, part in parts)}):
         where = "in no class folder" if part == path else f"in no class folder of {part.name}"
@@ -170,7 +171,7 @@ def _read_folder(path: Path, options: Options) -> Listing:
     for kind, part in parts:
         for below in entries(part)[0]:
             if below.name not in classes:
-                raise ValueError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}; {MOVE}")
+                raise UserError(f"class folder {below}: {below.name!r} is not in train{hint(below.name, classes)}; {MOVE}")
             images, others = _images(below)
             names += [str(image.relative_to(path)) for image in images]
             labels += [classes.index(below.name)] * len(images)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from errors import UserError
+
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 VERSION = 2  # of what pixels a file becomes; 1 knew no orientation, transparency or depth
@@ -51,7 +53,7 @@ class Flag(enum.IntFlag):
     DAMAGED = 32  # it cannot be read; its pixels are 0
 
 
-class DamagedImageError(ValueError):
+class DamagedImageError(UserError):
     """The content of a file is no image, or not a whole one."""
 
 
@@ -101,7 +103,7 @@ def read_colour(text: str) -> tuple[int, int, int]:
         colour = ImageColor.getrgb(text)
         if len(colour) == 3:
             return colour
-    raise ValueError(f"--background: {text!r} is not allowed; it must be a colour such as white or #ff8800")
+    raise UserError(f"--background: {text!r} is not allowed; it must be a colour such as white or #ff8800")
 
 
 @contextlib.contextmanager

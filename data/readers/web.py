@@ -16,6 +16,7 @@ from data.readers.images import Listing, check_files, entries, files_under, is_i
 from data.readers.pixels import Decoding
 from data.seeds import generator
 from data.text import read_text
+from errors import UserError
 from hparams import Value
 
 ANIMALS = ("cat", "lynx", "wolf", "coyote", "cheetah", "jaguar", "chimpanzee", "orangutan", "hamster", "guinea-pig")
@@ -53,7 +54,7 @@ def clothing1m(argument: str, options: Options) -> Source:
     which random parts are cut; published code cuts them from the whole image, its shorter side brought to 256.
     """
     if argument and not re.fullmatch("[1-9][0-9]*", argument):
-        raise ValueError(f"data set clothing1m: {argument!r} is not allowed after it; write clothing1m or clothing1m:PER_CLASS")
+        raise UserError(f"data set clothing1m: {argument!r} is not allowed after it; write clothing1m or clothing1m:PER_CLASS")
 
     def read() -> Listing:
         folder = _folder("clothing1m", options, "Clothing1M")
@@ -73,7 +74,7 @@ def webvision(argument: str, options: Options) -> Source:
     Which class is which WNID is read off ``info/synsets.txt``.
     """
     if argument not in ("", "ilsvrc12"):
-        raise ValueError(f"data set webvision: {argument!r} is not allowed after it; write webvision or webvision:ilsvrc12")
+        raise UserError(f"data set webvision: {argument!r} is not allowed after it; write webvision or webvision:ilsvrc12")
 
     def read() -> Listing:
         info = _folder("webvision", options, "WebVision") / "info"
@@ -88,7 +89,7 @@ def webvision(argument: str, options: Options) -> Source:
 def _folder(name: str, options: Options, *parts: str) -> Path:
     folder = options.root.absolute().joinpath(*parts)
     if not folder.is_dir():
-        raise ValueError(f"data set {name}: there is no folder {folder}; put it there as it is published")
+        raise UserError(f"data set {name}: there is no folder {folder}; put it there as it is published")
     return folder
 
 
@@ -96,18 +97,18 @@ def _ilsvrc(options: Options) -> Path:
     """ILSVRC's validation images by WNID. ValueError where they are not there, or still lie in one folder."""
     folder, how = options.root.absolute() / "ILSVRC2012" / "val", f"one folder per WNID, as valprep.sh sorts them ({VALPREP})"
     if not folder.is_dir():
-        raise ValueError(f"data set webvision:ilsvrc12: there is no folder {folder}; put the validation images there, {how}")
+        raise UserError(f"data set webvision:ilsvrc12: there is no folder {folder}; put the validation images there, {how}")
     folders, files = entries(folder)
     flat = sum(map(is_image, files))
     if flat and not folders:
-        raise ValueError(f"data set webvision:ilsvrc12: {folder} holds {flat} images in no folder of a class; it needs {how}")
+        raise UserError(f"data set webvision:ilsvrc12: {folder} holds {flat} images in no folder of a class; it needs {how}")
     return folder
 
 
 def _need(name: str, folder: Path, *files: str) -> None:
     for file in files:
         if not (folder / file).exists():
-            raise ValueError(f"data set {name}: {file} is not in {folder}; it must be there as it is published")
+            raise UserError(f"data set {name}: {file} is not in {folder}; it must be there as it is published")
 
 
 def _source(
@@ -151,9 +152,9 @@ def _pairs(path: Path, num_classes: int) -> dict[str, int]:
     for number, line in enumerate(_lines(path), start=1):
         name, _, label = line.strip().rpartition(" ")
         if not is_inside(name.removeprefix("images/")) or re.fullmatch("[0-9]+", label) is None:
-            raise ValueError(f"{path}, line {number}: {line[:200]!r} is not a path inside the data set, a space and a label")
+            raise UserError(f"{path}, line {number}: {line[:200]!r} is not a path inside the data set, a space and a label")
         if int(label) >= num_classes:
-            raise ValueError(f"{path}, line {number}: label {label} is not allowed; labels are 0..{num_classes - 1}")
+            raise UserError(f"{path}, line {number}: label {label} is not allowed; labels are 0..{num_classes - 1}")
         pairs[name] = int(label)
     return pairs
 
@@ -164,7 +165,7 @@ def _read_animal10n(folder: Path) -> Listing:
         for path in filter(is_image, files_under(folder / part)):
             label = path.name.partition("_")[0]
             if not re.fullmatch("[0-9]+", label) or int(label) >= len(ANIMALS):
-                raise ValueError(f"image {path}: {label!r} before the first _ is no label; labels are 0..{len(ANIMALS) - 1}")
+                raise UserError(f"image {path}: {label!r} before the first _ is no label; labels are 0..{len(ANIMALS) - 1}")
             names.append(os.path.relpath(path, folder))
             labels.append(int(label))
             split.append(kind)
@@ -179,7 +180,7 @@ def _read_clothing1m(folder: Path, per_class: int) -> Listing:
     sizes = torch.bincount(labels, minlength=len(CLOTHES))
     if not 1 <= (per_class or 1) <= int(sizes.min()):
         fewest = CLOTHES[int(sizes.argmin())]
-        raise ValueError(f"data set clothing1m: {per_class or 1} per class are too many; {fewest} has {int(sizes.min())}")
+        raise UserError(f"data set clothing1m: {per_class or 1} per class are too many; {fewest} has {int(sizes.min())}")
     random = generator("clothing1m", "subset")
     drawn = []
     for label, size in enumerate(sizes.tolist()):
@@ -201,7 +202,7 @@ def _keys(path: Path, labels: dict[str, int]) -> list[str]:
     keys = [line.strip() for line in _lines(path)]
     for number, key in enumerate(keys, start=1):
         if key not in labels:
-            raise ValueError(f"{path}, line {number}: {key[:200]!r} has no label")
+            raise UserError(f"{path}, line {number}: {key[:200]!r} has no label")
     return keys
 
 
@@ -211,9 +212,9 @@ def _read_webvision(root: Path, imagenet: Path | None) -> Listing:
     synsets = [line.partition(" ") for line in _lines(info / "synsets.txt")[:WEBVISION_USED]]
     for number, (wnid, _, _) in enumerate(synsets, start=1):
         if not re.fullmatch("n[0-9]{8}", wnid):
-            raise ValueError(f"{info / 'synsets.txt'}, line {number}: {wnid!r} is no WNID, as n01440764 is")
+            raise UserError(f"{info / 'synsets.txt'}, line {number}: {wnid!r} is no WNID, as n01440764 is")
     if len(synsets) < WEBVISION_USED:
-        raise ValueError(f"{info / 'synsets.txt'} has {len(synsets)} lines; at least {WEBVISION_USED} are needed")
+        raise UserError(f"{info / 'synsets.txt'} has {len(synsets)} lines; at least {WEBVISION_USED} are needed")
     train = {f"WebVision/{name}": label for name, label in _first_classes(info / "train_filelist_google.txt")}
     if imagenet is None:
         test = {f"WebVision/val_images_256/{name}": label for name, label in _first_classes(info / "val_filelist.txt")}
@@ -225,7 +226,7 @@ def _read_webvision(root: Path, imagenet: Path | None) -> Listing:
         }
     for label, (wnid, _, _) in enumerate(synsets):
         if label not in test.values():
-            raise ValueError(f"{imagenet or info / 'val_filelist.txt'} holds no images of class {label}, {wnid}")
+            raise UserError(f"{imagenet or info / 'val_filelist.txt'} holds no images of class {label}, {wnid}")
     labels = torch.tensor([*train.values(), *test.values()])
     split = torch.tensor([TRAIN] * len(train) + [TEST] * len(test))
     return Listing(root, [*train, *test], tuple(names.partition(",")[0] for _, _, names in synsets), labels, split)

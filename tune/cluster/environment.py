@@ -7,6 +7,8 @@ import secrets
 import sys
 from pathlib import Path
 
+from errors import UserError
+
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # that the path of a Unix socket may take
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"  # below Ray's folder, at its longest
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
@@ -25,10 +27,10 @@ def short_folder() -> tuple[str, str]:
         return (folder if name == "RAY_TMPDIR" else ""), ""
     long = f"{name}: {folder!r} is too long for Ray's sockets"
     if name == "RAY_TMPDIR":
-        raise ValueError(f"{long}; its path must have at most {limit} bytes")
+        raise UserError(f"{long}; its path must have at most {limit} bytes")
     short = next((short for short in SHORT_FOLDERS if os.access(short, os.W_OK | os.X_OK)), None)
     if short is None:
-        raise ValueError(f"{long}; set RAY_TMPDIR to a folder whose path has at most {limit} bytes")
+        raise UserError(f"{long}; set RAY_TMPDIR to a folder whose path has at most {limit} bytes")
     return short, f"{long}; they are kept in {short} (RAY_TMPDIR names another folder)"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.processors import num_processors
+from errors import UserError
 from tune.cluster.environment import choose_folder, choose_token
 from tune.cluster.interruption import Interruption
 from tune.cluster.nodes import LOOK_SECONDS, SILENT_SECONDS, Nodes, address_of, capacity, check_answers
@@ -29,7 +30,7 @@ from tune.store.stored_sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STARTS = 3  # attempts to start a Ray of our own
-PACKAGES = ("hparams.py", "data", "losses", "models", "methods", "training", "tune")
+PACKAGES = ("errors.py", "hparams.py", "data", "losses", "models", "methods", "training", "tune")
 
 
 class NotStarted(Exception):
@@ -209,7 +210,7 @@ def reason(error: Exception, address: str) -> Exception:
         return NotStarted(f"Ray did not start: {said}")
     refused = isinstance(error, ray.exceptions.AuthenticationError) or said.startswith("Failed to connect")
     advice = f"; {token_advice()}" if refused else ""
-    return ValueError(f"Ray cluster {address!r} cannot be joined: {said.split('. ')[0]}{advice}")
+    return UserError(f"Ray cluster {address!r} cannot be joined: {said.split('. ')[0]}{advice}")
 
 
 def shipped(empty: str) -> dict[str, Any]:

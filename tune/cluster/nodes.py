@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.cache import same_table
-from data.dataset import DataSpec
+from data.spec import DataSpec
+from errors import UserError
 from training.locations import check_writable, location
 from tune.search.coordinator import Coordinator
 from tune.spec import SweepSpec
@@ -36,12 +37,12 @@ def address_of(spec: SweepSpec) -> str:
     if address in ("", "local"):
         return ""
     if "://" in address:  # of the jobs' server, or of Ray Client, behind which Tune cannot run its loop
-        raise ValueError(
+        raise UserError(
             f"{name}: {address!r} is not allowed; from outside the cluster a sweep is submitted: ray job submit -- python "
             f"search.py ... --address auto; on a machine of the cluster give auto or HOST:PORT, for this machine alone local"
         )
     if not ADDRESS.fullmatch(address):
-        raise ValueError(f"{name}: {address!r} is not allowed; it must be auto, HOST:PORT or local")
+        raise UserError(f"{name}: {address!r} is not allowed; it must be auto, HOST:PORT or local")
     return address
 
 
@@ -53,7 +54,7 @@ def check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(f"Ray cluster {address!r} cannot be joined: nothing answers there ({error})") from error
+        raise UserError(f"Ray cluster {address!r} cannot be joined: nothing answers there ({error})") from error
 
 
 def room(resources: Mapping[str, float], spec: SweepSpec) -> int:
@@ -84,7 +85,7 @@ def capacity(spec: SweepSpec) -> int:
     if total := sum(room(resources, spec) for resources in nodes):
         return total
     most = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in ("CPU", "GPU")}
-    raise ValueError(
+    raise UserError(
         f"no node holds a trial of {spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs; "
         f"the largest have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
     )
@@ -112,8 +113,8 @@ class Nodes:
         if not self.spec.concurrent:
             try:
                 capacity(self.spec)
-            except ValueError as error:
-                raise ValueError(
+            except UserError as error:
+                raise UserError(
                     f"{error}; if the cluster brings nodes on demand, say how many trials: --concurrent N"
                 ) from error
         self._look(patience=None)
@@ -130,7 +131,7 @@ class Nodes:
         self.looked, before = now, self.capacity
         try:
             self._look(patience=0)
-        except ValueError as error:
+        except UserError as error:
             coordinator.halt(str(error))
             return
         coordinator.concurrent = self.spec.concurrent or self.capacity
@@ -198,7 +199,7 @@ class Nodes:
             trouble = f"cannot run a trial: {str(error).strip().splitlines()[-1]}"
         del self.questions[key]
         if trouble:
-            raise ValueError(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) {trouble}")
+            raise UserError(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) {trouble}")
         self.able.add(key)
 
 

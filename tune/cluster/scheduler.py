@@ -8,7 +8,7 @@ from typing import Any
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from training.experiment import EpochRecord
+from training.epoch_record import EpochRecord
 from tune.search.coordinator import Coordinator
 
 

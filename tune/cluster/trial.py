@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.tune import Trainable
 
+from errors import UserError
 from training.locations import Away, location
 from training.watchdog import Watchdog, allowed_seconds
 
@@ -128,7 +129,7 @@ def memory_fraction(share: float, total: int) -> float:
     that it cannot take its neighbours' memory. ValueError where that is nothing."""
     left = share - CUDA_CONTEXT_BYTES / total
     if left <= 0:
-        raise ValueError(
+        raise UserError(
             f"--gpus-per-trial: {share:g} of this GPU's {total / 2**30:.0f} GiB is no more than a process takes beside its"
             f" tensors ({CUDA_CONTEXT_BYTES / 2**30:g} GiB)"
         )

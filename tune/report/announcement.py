@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from data.dataset import Dataset
+from data.names import VIEW_DESCRIPTIONS
 from data.noise import NoiseReport, parse_noise
-from data.views import SAID_OF_VIEWS
 from methods import METHODS
-from methods.base import first_epoch
+from methods.clock import first_epoch
 from tune.search.space import Space
 from tune.spec import SweepSpec
 
@@ -67,7 +67,7 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset, idle_gpus: int = 0
 def views_lines(space: Space, dataset: Dataset) -> list[str]:
     """How images are changed, and where that is not for every kind of image."""
     drawn = space.views()
-    said = "; ".join(f"{name}: {SAID_OF_VIEWS[name if name != 'auto' else dataset.source.views]}" for name in sorted(drawn))
+    said = "; ".join(f"{name}: {VIEW_DESCRIPTIONS[name if name != 'auto' else dataset.source.views]}" for name in sorted(drawn))
     return [f"views {said}"]
 
 

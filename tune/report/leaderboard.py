@@ -8,15 +8,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from optuna.trial import TrialState
 
+from errors import UserError
 from tune.search.budget import HOUR, Usage, short_number
 from tune.search.ledger import SWEEP, Ledger, Record
-from tune.search.recipes import of_trial
 from tune.search.rungs import Rungs
 from tune.store.base import SweepStore
 from tune.store.stored_sweep import Sweep
+
+NOTES = "tracker.jsonl"  # in a sweep's folder: which of MLflow's runs is which trial's
+
+
+def noted_runs(ledger: Ledger) -> dict[int, str]:
+    """MLflow's run id of each trial, as far as they were noted."""
+    return {note["trial"]: note["run"] for note in ledger.lines(NOTES).read() if "trial" in note}
 
 
 def rows(ledger: Ledger, runs: Mapping[int, str], records: Sequence[Record] | None = None) -> list[dict[str, Any]]:
@@ -152,12 +158,6 @@ def markdown_table(board: list[dict[str, Any]]) -> str:
     return "\n".join(table) + f"\n\n{meaning}."
 
 
-def best_config_text(ledger: Ledger, record: Record) -> str:
-    """A trial's recipe as YAML, which ``search.py train`` runs again."""
-    held = vars(of_trial(ledger, record))
-    return f"# {ledger.sweep.name}, trial {record.number}\n" + yaml.safe_dump(dict(held), sort_keys=False)
-
-
 def plots_page(ledger: Ledger) -> str:
     """One page with the search's history, learning curves, parameters and their importance; empty before two trials ended.
     Of a larger sweep it shows the best ``PLOTTED`` trials: time and size would grow without bound, and nothing be seen."""
@@ -252,7 +252,7 @@ def sweep_lines(store: SweepStore) -> list[str]:
         try:
             sweep = Sweep.find(store, name)
             ledger = Ledger(sweep, read_only=True)
-        except ValueError:
+        except UserError:
             lines.append([name, "damaged", "", "", "", f"see: best {name}"])
             continue
         best = ledger.best()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.folders import alone
+from errors import UserError
 from tune.report.tracking import ARTIFACTS, DATABASE, quiet, sqlite_path, sqlite_uri
 
 SETTLED = 10.0  # seconds after which a file that is half made is nobody's work in progress
@@ -30,7 +31,7 @@ Say = Callable[[str], None]
 _opened_before: set[tuple[int, int]] = set()  # files that this process need not try again
 
 
-class Unusable(ValueError):
+class Unusable(UserError):
     """A database that MLflow cannot open, and that was left as it is."""
 
 
@@ -68,7 +69,7 @@ def prepare_for_pages(storage: Path, say: Say) -> None:
         if os.access(path, os.W_OK):
             follow_storage(storage)
     except sqlite3.Error as error:
-        raise ValueError(f"{path} cannot be opened: {error}") from error
+        raise UserError(f"{path} cannot be opened: {error}") from error
 
 
 def refusal(path: Path) -> str:

@@ -20,10 +20,11 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from tune.report.leaderboard import best_config_text, cost_metrics, cost_text, markdown_table, plots_page, rows, short
+from tune.report.leaderboard import NOTES, cost_metrics, cost_text, markdown_table, noted_runs, plots_page, rows, short
 from tune.report.mlflow_database import follow_run, follow_storage, is_own, prepare
 from tune.report.tracking import artifacts_uri, quiet, sqlite_path
 from tune.search.ledger import SWEEP, Ledger, Record
+from tune.search.recipes import best_config_text
 from tune.store.base import NOISE
 
 STATUS = {
@@ -31,17 +32,11 @@ STATUS = {
     TrialState.PRUNED: "KILLED",
     TrialState.FAIL: "FAILED",
 }
-NOTES = "tracker.jsonl"  # which run is which trial's
 Waiting = Callable[[], AbstractContextManager[None]]
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow's pages put a run below another
 BATCH = 1000  # metrics in one request
 TAG_LIMIT = 5000  # characters of a traceback that are kept in a tag
 NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
-
-
-def noted_runs(ledger: Ledger) -> dict[int, str]:
-    """MLflow's run id of each trial, as far as they were noted."""
-    return {note["trial"]: note["run"] for note in ledger.lines(NOTES).read() if "trial" in note}
 
 
 class TimedClient:

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+from errors import UserError
 from training.locations import Location, Remote
 
 VARIABLE = "MLFLOW_TRACKING_URI"  # MLflow's own: the default of --tracking
@@ -54,7 +55,7 @@ def sqlite_path(uri: str) -> Path | None:
     try:
         name = make_url(uri).database
     except ArgumentError as error:
-        raise ValueError(f"{uri!r} is not readable; write sqlite:///FILE") from error
+        raise UserError(f"{uri!r} is not readable; write sqlite:///FILE") from error
     return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
 
 
@@ -62,7 +63,7 @@ def absolute_sqlite_uri(uri: str) -> str:
     """An SQLite URI that means the same file from any working directory. ValueError where it names no file."""
     path = sqlite_path(uri)
     if path is None:
-        raise ValueError(f"{uri!r} is not allowed; it keeps nothing: name a file, sqlite:///FILE")
+        raise UserError(f"{uri!r} is not allowed; it keeps nothing: name a file, sqlite:///FILE")
     query = uri.partition("?")[2]
     return sqlite_uri(path.resolve()) + (f"?{query}" if query else "")
 
@@ -72,7 +73,7 @@ def tracking_uri(storage: Location, asked: str) -> str:
     if asked:
         return asked
     if isinstance(storage, Remote):
-        raise ValueError(f"--storage: {str(storage)!r} holds no database of MLflow's; give a server's address with --tracking")
+        raise UserError(f"--storage: {str(storage)!r} holds no database of MLflow's; give a server's address with --tracking")
     return sqlite_uri(storage / DATABASE)
 
 

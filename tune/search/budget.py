@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from decimal import Decimal
 from typing import NamedTuple
 
-from training.experiment import EpochRecord
+from training.epoch_record import EpochRecord
 
 HOUR = 3600.0
 CONFIGURATIONS = "configurations"  # that a space holds, where they are fewer than the trials asked for

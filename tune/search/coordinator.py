@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from optuna.trial import TrialState
 
-from training.experiment import EpochRecord
+from training.epoch_record import EpochRecord
 from training.locations import names, remove
 from training.watchdog import last_words
 from tune.search.ledger import Ledger, Record
@@ -59,7 +59,9 @@ class Coordinator:
         self.halted = threading.Event()  # no new trial, and none goes on
         self.problem = ""  # why the sweep stopped itself
         self.failures_in_row = 0
-        self.heard = 0.0  # the clock at the last result; before any has come, when the first of the live trials was handed out
+        self.last_result = (
+            0.0  # the clock at the last result; before any has come, when the first of the live trials was handed out
+        )
         self.top = [r for r in ledger.leaderboard() if r.state is TrialState.COMPLETE][:KEPT_CHECKPOINTS]
         self._drop_stray_checkpoints()
         for record in ledger.unfinished():
@@ -90,7 +92,7 @@ class Coordinator:
         else:
             return None if self.live else FINISHED
         if not self.live:
-            self.heard = time.monotonic()
+            self.last_result = time.monotonic()
         self.live[executor_id] = record
         self.on_event("started", record)
         return record
@@ -98,7 +100,7 @@ class Coordinator:
     def _is_budget_used(self) -> bool:
         """Whether no new trial begins. While trials run, the clock counts since the last result: their epochs in progress are
         not recorded yet. When none does, the ledger alone decides, as it will when a resume asks."""
-        clock = self.ledger.account.usage.seconds + time.monotonic() - self.heard if self.live else 0.0
+        clock = self.ledger.account.usage.seconds + time.monotonic() - self.last_result if self.live else 0.0
         return any(budget.over for budget in self.ledger.budgets(self.total, len(self.live), clock))
 
     def config(self, record: Record) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Coordinator:
         except OSError as error:
             self.halt(f"the ledger cannot be written: {error}")
             return False
-        self.heard = time.monotonic()
+        self.last_result = time.monotonic()
         for epoch in new:
             verdict = self._judge(record, epoch.epoch)
             if verdict:
@@ -209,11 +211,11 @@ class Coordinator:
 
     def _drop_stray_checkpoints(self) -> None:
         """Removes what a kill left behind: checkpoints of finished trials that are not among the best few, and half of one."""
-        kept = {str(record.number): record for record in [*self.ledger.unfinished(), *self.top]}
+        needed = {str(record.number): record for record in [*self.ledger.unfinished(), *self.top]}
         for name in names(self.ledger.checkpoints):
-            if name not in kept:
+            if name not in needed:
                 remove(self.ledger.checkpoints / name)
-        for record in kept.values():
+        for record in needed.values():
             self._drop_halves(record)
 
     def halt(self, problem: str) -> Finished:

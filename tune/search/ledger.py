@@ -12,7 +12,7 @@ import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -20,9 +20,12 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from data.seeds import derive
+from errors import UserError
 from hparams import Value
-from training.experiment import EpochRecord
-from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget, Usage
+from training.epoch_record import EpochRecord
+from tune.search.budget import CONFIGURATIONS, HOUR, Account, Budget
+from tune.search.record import Record as Record
+from tune.search.record import rank, speaks_for_itself
 from tune.search.sampler import Distinct, GroupedTPE
 from tune.search.space import Space
 from tune.spec import MAX_LOST
@@ -35,63 +38,20 @@ from tune.store.studies import other_studies, study_name
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-@dataclass
-class Record:
-    """One trial as the driver keeps it: identity, configuration, and how far it is. Values by epoch are the objective."""
-
-    number: int
-    trial_id: int
-    state: TrialState
-    method: str
-    values: dict[str, Value]
-    params: dict[str, Value]
-    attrs: dict[str, Any]
-    objectives: dict[int, float] = field(default_factory=dict)
-    arrived: dict[int, int] = field(default_factory=dict)  # epoch -> how many of all trials were recorded up to it
-    epochs: int = 0  # the last epoch whose value is in the ledger; 0 before the first
-    metrics: dict[str, float] = field(default_factory=dict)  # the latest of each name
-    seconds: float = 0.0
-    gpu_seconds: float = 0.0
-    usage: Usage = field(default_factory=Usage)  # by all trials, up to its last epoch's recording
-    started: float = 0.0
-    ended_at: float = 0.0
-    lost_because: str = ""  # why it lost its last process, as far as this driver was told
-
-    @property
-    def value(self) -> float | None:
-        return self.objectives.get(self.epochs)
-
-    @property
-    def finished(self) -> bool:
-        return self.state.is_finished()
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What was noted at its end; a kill may leave that of a trial that runs on, and it does not count."""
-        held: dict[str, Any] = self.attrs.get("summary", {}) if self.finished else {}
-        return held
-
-    @property
-    def status(self) -> str:
-        """``complete``, ``stopped`` (by ASHA), ``diverged``, ``failed`` or ``running``."""
-        if self.summary.get("diverged"):
-            return "diverged"
-        words = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
-        return words.get(self.state, "running")
-
-
 class Ledger:
     """The only writer of a study while a sweep runs. ``kind`` is the sweep itself or its retraining, in the same journal.
 
-    ``read_only`` looks at it, while another process may be writing, and changes nothing. Raises ValueError where a file is
-    damaged or the study is missing.
+    ``read_only`` looks at it, while another process may be writing, and changes nothing. ``space`` is the sweep's, where the
+    caller has resolved it already. Raises UserError where a file is damaged or the study is missing.
     """
 
-    def __init__(self, sweep: Sweep, kind: str = SWEEP, *, create: bool = False, read_only: bool = False) -> None:
+    def __init__(
+        self, sweep: Sweep, kind: str = SWEEP, *, space: Space | None = None, create: bool = False, read_only: bool = False
+    ) -> None:
         self.sweep = sweep
         self.kind = kind
         self.read_only = read_only
-        self.space = Space(sweep.spec)
+        self._space = space
         self.checkpoints = (sweep.folder if kind == SWEEP else sweep.folder / kind) / "checkpoints"
         self.metrics = self.lines("metrics.jsonl")
         self.records: dict[int, Record] = {}
@@ -107,10 +67,17 @@ class Ledger:
         if create and kind not in names:
             storage.create_new_study([StudyDirection.MAXIMIZE], study_name=kind)
         elif kind not in names:
-            raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
+            raise UserError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
         self._read()
+
+    @property
+    def space(self) -> Space:
+        """The space of the sweep's methods. Resolving it imports them, and torch, which the leaderboard does without."""
+        if self._space is None:
+            self._space = Space(self.sweep.spec)
+        return self._space
 
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
         """An append-only file beside the study, from its beginning."""
@@ -122,13 +89,19 @@ class Ledger:
         seed = derive("sampler", self.sweep.spec.seed, trial.number, len(trial.params)) % 2**32
         random = self.sweep.spec.sampler == "random"
         sampler = optuna.samplers.RandomSampler(seed=seed) if random else GroupedTPE(self.space, seed)
-        return sampler if self.space.size is None else Distinct(sampler, self.space, self.taken, seed)
+        return sampler if self.size is None else Distinct(sampler, self.space, self.taken, seed)
 
     def _read(self) -> None:
         """Builds the records from the study, and puts into the study what a kill left in the metrics alone."""
         trials = self.study.get_trials(deepcopy=False)
         self.num_stored = len(trials)  # those in the queue, too
-        self._names = {name for trial in trials for name in trial.params}
+        self._first_ends: dict[str, datetime] = {}  # when the first trial ended that has a parameter of that name
+        for trial in trials:
+            if ended := trial.datetime_complete:
+                for name in trial.params:
+                    self._first_ends[name] = min(ended, self._first_ends.get(name, ended))
+        self._speaks_for_itself = self.read_only and speaks_for_itself(trials, self.sweep.spec.method)
+        self.size = None if self._speaks_for_itself else self.space.size  # configurations of the space; None: no end of them
         for trial in trials:
             if trial.state is not TrialState.WAITING:
                 self._adopt(trial)
@@ -147,28 +120,22 @@ class Ledger:
 
     def _adopt(self, trial: optuna.trial.FrozenTrial) -> Record:
         """A record for a stored trial; one whose proposal was cut off gets the rest of its parameters."""
-        try:
-            if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
+        if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
+            try:
                 self.study.sampler = self._sampler(trial)
                 self.space.suggest(optuna.Trial(self.study, trial._trial_id))
                 self.study.sampler = self._unused
-                trial = self.study._storage.get_trial(trial._trial_id)
-            method, values = self.space.read(trial.params, self._names if trial.state.is_finished() else None)
-        except ValueError as error:
-            if trial.state.is_finished() or not self.read_only:
-                lost = (
-                    f"{self.journal.lines.place}: what it says of trial {trial.number} is damaged; the file was left as it is"
-                )
-                raise DamagedFile(lost) from error
-            method, values = str(trial.params.get("method", self.space.methods[0])), {}  # its proposal is being written
+            except ValueError as error:
+                raise self._damaged(trial) from error
+            trial = self.study._storage.get_trial(trial._trial_id)
         started = trial.datetime_start or trial.datetime_complete
         assert started is not None
         record = Record(
             trial.number,
             trial._trial_id,
             trial.state,
-            method,
-            values,
+            str(trial.params.get("method", self.sweep.spec.method[0])),
+            lambda: self._values(trial),
             dict(trial.params),
             dict(trial.user_attrs),
             dict(trial.intermediate_values),
@@ -176,14 +143,30 @@ class Ledger:
             started=started.timestamp(),
             ended_at=trial.datetime_complete.timestamp() if trial.datetime_complete else 0.0,
         )
-        if self.space.size is not None and values and (number := self.space.number(method, values)) is not None:
-            self.taken.add(number)
+        if not self._speaks_for_itself and (values := record.values) and self.size is not None:
+            number = self.space.number(record.method, values)
+            self.taken |= set() if number is None else {number}
         with self.lock:
             self.records[record.number] = record
             self.states[record.state] += 1
             if record.finished:
-                bisect.insort(self._ranked, record, key=_rank)
+                bisect.insort(self._ranked, record, key=rank)
         return record
+
+    def _values(self, trial: optuna.trial.FrozenTrial) -> dict[str, Value]:
+        """All fields of a trial's Config; none while its proposal is being written. DamagedFile where it lacks some."""
+        ended = trial.datetime_complete  # a parameter that only later trials have is newer than this one
+        names = {name for name, first in self._first_ends.items() if first < ended} if ended else None
+        try:
+            return self.space.read(trial.params, names)[1]
+        except ValueError as error:
+            if trial.state.is_finished() or not self.read_only:
+                raise self._damaged(trial) from error
+            return {}
+
+    def _damaged(self, trial: optuna.trial.FrozenTrial) -> DamagedFile:
+        what = f"what it says of trial {trial.number} is damaged; the file was left as it is"
+        return DamagedFile(f"{self.journal.lines.place}: {what}")
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -217,12 +200,10 @@ class Ledger:
             return [trials]
         spec, usage = self.sweep.spec, self.account.usage
         hours, gpu_hours = max(usage.seconds, clock) / HOUR, usage.gpu_seconds / HOUR
-        found = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
-        if self.space.size is not None and self.space.size < trials.limit + self.count(
-            TrialState.FAIL
-        ):  # the rest cannot count
-            found.append(Budget(CONFIGURATIONS, len(self.taken), self.space.size))
-        return found
+        budgets = [trials, Budget("hours", hours, spec.hours), Budget("gpu_hours", gpu_hours, spec.gpu_hours)]
+        if self.size is not None and self.size < trials.limit + self.count(TrialState.FAIL):  # the rest cannot count
+            budgets.append(Budget(CONFIGURATIONS, len(self.taken), self.size))
+        return budgets
 
     @property
     def is_finished(self) -> bool:
@@ -234,8 +215,8 @@ class Ledger:
 
     def seed(self, record: Record) -> int:
         """Initialisation and order of a trial: from (sweep seed, trial number), or what retraining asked for."""
-        asked = record.attrs.get("seed")
-        return derive("trial", self.sweep.spec.seed, record.number if asked is None else f"retrain-{asked}")
+        retrain_seed = record.attrs.get("seed")
+        return derive("trial", self.sweep.spec.seed, record.number if retrain_seed is None else f"retrain-{retrain_seed}")
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -284,15 +265,15 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        told = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
-        self.study.tell(told, values=values, state=state)
+        trial = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
+        self.study.tell(trial, values=values, state=state)
         ended = self.study._storage.get_trial(record.trial_id).datetime_complete
         assert ended is not None
         with self.lock:
             self.states[record.state] -= 1
             self.states[state] += 1
             record.state, record.ended_at = state, ended.timestamp()
-            bisect.insort(self._ranked, record, key=_rank)
+            bisect.insort(self._ranked, record, key=rank)
 
     def lost(self, record: Record) -> bool:
         """Counts a lost process; from 1 again where the trial got ahead since the last one, as one does that is preempted now
@@ -319,16 +300,9 @@ class Ledger:
         """Best first: complete trials by value, then those stopped early by (epoch, value), then running, then failed."""
         with self.lock:
             good = self.count(TrialState.COMPLETE, TrialState.PRUNED)
-            return [*self._ranked[:good], *sorted(self.unfinished(), key=_rank), *self._ranked[good:]]
+            return [*self._ranked[:good], *sorted(self.unfinished(), key=rank), *self._ranked[good:]]
 
     def best(self) -> Record | None:
         """The best complete trial; None before the first."""
         first = next(iter(self._ranked), None)
         return first if first and first.state is TrialState.COMPLETE else None
-
-
-def _rank(record: Record) -> tuple[int, int, float, int]:
-    """What trials are sorted by. That of a finished one does not change."""
-    order = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL]
-    epochs = 0 if record.state is TrialState.COMPLETE else record.epochs
-    return order.index(record.state), -epochs, -(record.value if record.value is not None else -1.0), record.number

@@ -10,13 +10,15 @@ from typing import Any
 import yaml
 
 from data.cache import open_table
-from data.dataset import Dataset, DataSpec
+from data.dataset import Dataset
+from data.spec import DataSpec
+from errors import UserError
 from hparams import declared
 from methods import find_method
 from training.experiment import Recipe
 from tune.search.ledger import Ledger, Record
 from tune.search.space import Space
-from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field
+from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field, require_trusted
 
 
 def of_trial(ledger: Ledger, record: Record) -> Recipe:
@@ -24,6 +26,12 @@ def of_trial(ledger: Ledger, record: Record) -> Recipe:
     noise_seed = ledger.sweep.spec.noise_seed + record.attrs.get("noise_draw", 0)
     recipe = _recipe(ledger.sweep.spec, record.method, record.values, seed=ledger.seed(record), noise_seed=noise_seed)
     return dataclasses.replace(recipe, table=ledger.sweep.provenance.get("table", ""))
+
+
+def best_config_text(ledger: Ledger, record: Record) -> str:
+    """A trial's recipe as YAML, which ``search.py train`` runs again."""
+    recipe = vars(of_trial(ledger, record))
+    return f"# {ledger.sweep.name}, trial {record.number}\n" + yaml.safe_dump(dict(recipe), sort_keys=False)
 
 
 def prepare(spec: DataSpec, *, download: bool = False) -> None:
@@ -44,11 +52,11 @@ def _recipe(spec: SweepSpec, method: str, values: Mapping[str, Any], *, seed: in
 
 
 def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
-    """What ``train`` runs for flags, its data set ready: defaults depend on the number of classes. ValueError names what is
+    """What ``train`` runs for flags, its data set ready: defaults depend on the number of classes. UserError names what is
     wrong."""
     spec = make_spec(flags)
     if len(spec.method) != 1:
-        raise ValueError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
+        raise UserError(f"--method: {','.join(spec.method)!r} is not allowed; train runs one method")
     space, method = Space(spec), spec.method[0]
     check_trusted(spec)
     defaults, _ = space.defaults(method, spec, dataset(spec, download=download).num_classes)
@@ -56,22 +64,22 @@ def from_flags(flags: Mapping[str, Any], *, download: bool = False) -> Recipe:
 
 
 def from_yaml(path: Path) -> Recipe:
-    """What ``train`` runs for a file that a sweep wrote. ValueError names what is wrong."""
+    """What ``train`` runs for a file that a sweep wrote. UserError names what is wrong."""
     try:
         content = yaml.load(path.read_text(), Loader=SpecLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     fields = dataclasses.fields(Recipe)
     names, needed = [f.name for f in fields], {f.name for f in fields if f.default is dataclasses.MISSING}
     if not isinstance(content, dict) or not needed <= set(content) <= set(names) or not isinstance(content.get("values"), dict):
-        raise ValueError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
-    known = declared(find_method(str(content["method"])).Config)
+        raise UserError(f"{path} is no configuration; it must have the keys {', '.join(names)}")
+    hyperparameters = declared(find_method(str(content["method"])).Config)
     values = {}
     for name, value in content.pop("values").items():
-        if name not in known:
-            raise ValueError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(known)}")
-        values[name] = known[name].parse(value)
+        if name not in hyperparameters:
+            raise UserError(f"{path}: unknown hyperparameter {name!r}; known are {', '.join(hyperparameters)}")
+        values[name] = hyperparameters[name].parse(value)
     method, table = str(content.pop("method")), str(content.pop("table", ""))
-    held = {name: read_field(name, value) for name, value in content.items()}
-    make_spec({**held, "method": (method,)}, stored=True)
-    return Recipe(method=method, values=values, table=table, **held)
+    others = {name: read_field(name, value) for name, value in content.items()}
+    require_trusted(make_spec({**others, "method": (method,)}, stored=True))
+    return Recipe(method=method, values=values, table=table, **others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 
-from methods.base import first_epoch
+from methods.clock import first_epoch
 from tune.search.ledger import SWEEP, Ledger, Record
 
 

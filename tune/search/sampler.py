@@ -72,26 +72,26 @@ class Distinct(optuna.samplers.BaseSampler):
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, space: dict[str, BaseDistribution], params: dict[str, Any]
     ) -> dict[str, Any]:
         """What is still to be drawn, in the order in which it would be suggested."""
-        drawn: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         if len(self.space.methods) > 1 and "method" not in params:
-            drawn["method"] = self.sample_independent(study, trial, "method", space["method"])
-        method = (params | drawn).get("method", self.space.methods[0])
+            values["method"] = self.sample_independent(study, trial, "method", space["method"])
+        method = (params | values).get("method", self.space.methods[0])
         for parameter in self.space.parameters[method]:
             if parameter.range and parameter.name not in params:
-                found = parameter.distribution
-                drawn[parameter.name] = (
-                    self.sample_independent(study, trial, parameter.name, found)
-                    if found
+                distribution = parameter.distribution
+                values[parameter.name] = (
+                    self.sample_independent(study, trial, parameter.name, distribution)
+                    if distribution
                     else parameter.range.at(0, parameter.declared.type)
                 )
-        return drawn
+        return values
 
     def _not_taken(self) -> int:
         """The number of a configuration that is not taken; all of them are equally likely. Where none is left, any."""
         assert self.space.size is not None
-        left = self.space.size - len(self.taken)
-        number = self.random.randrange(left or self.space.size)
-        for taken in sorted(self.taken) if left else ():
+        num_left = self.space.size - len(self.taken)
+        number = self.random.randrange(num_left or self.space.size)
+        for taken in sorted(self.taken) if num_left else ():
             number += taken <= number
         return number
 

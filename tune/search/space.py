@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from errors import UserError
 from hparams import Hyperparameter, Range, Value, build, declared, inherited
 from methods import find_method
-from methods.base import Config
+from methods.config import Config
 from tune.spec import SweepSpec
 
 
@@ -32,17 +33,17 @@ class Parameter:
     @property
     def distribution(self) -> BaseDistribution | None:
         """What Optuna draws it from; None where its value is fixed, or the range holds only one."""
-        drawn = self.range
-        if drawn is None:
+        limits = self.range
+        if limits is None:
             return None
-        found: BaseDistribution
-        if drawn.choices:
-            found = CategoricalDistribution(drawn.choices)
+        distribution: BaseDistribution
+        if limits.choices:
+            distribution = CategoricalDistribution(limits.choices)
         elif self.declared.type is int:
-            found = IntDistribution(int(drawn.low), int(drawn.high), log=drawn.log, step=int(drawn.step) or 1)
+            distribution = IntDistribution(int(limits.low), int(limits.high), log=limits.log, step=int(limits.step) or 1)
         else:
-            found = FloatDistribution(drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
-        return None if found.single() else found
+            distribution = FloatDistribution(limits.low, limits.high, log=limits.log, step=limits.step or None)
+        return None if distribution.single() else distribution
 
     @property
     def count(self) -> int | None:
@@ -51,23 +52,24 @@ class Parameter:
 
 
 class Space:
-    """The conditional space of a sweep's methods. Raises ValueError for a name, value or range that means nothing."""
+    """The conditional space of a sweep's methods. Raises UserError for a name, value or range that means nothing."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self.methods = spec.method
         self.parameters: dict[str, list[Parameter]] = {}
-        used: set[str] = set()
+        names: set[str] = set()
+        of_source = spec.source_defaults()
         for method in spec.method:
             self.parameters[method] = [
-                self._parameter(method, name, hyperparameter, spec, used)
+                self._parameter(method, name, hyperparameter, spec, of_source, names)
                 for name, hyperparameter in declared(find_method(method).Config).items()
             ]
         for flag, pairs in (("set", spec.set), ("range", spec.range)):
             for name in pairs:
-                if name not in used:
-                    raise ValueError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
+                if name not in names:
+                    raise UserError(f"--{flag}: unknown hyperparameter {name!r}; known are {', '.join(self._names())}")
                 if flag == "set" and name in spec.range:
-                    raise ValueError(f"{name} has both a value and a range; give --set or --range")
+                    raise UserError(f"{name} has both a value and a range; give --set or --range")
         self.groups = self._groups()
         sizes = [self._size(method) for method in self.methods]
         self.size = sum(size for size in sizes if size) if all(sizes) else None  # configurations; None: no end of them
@@ -77,19 +79,28 @@ class Space:
         counts = [parameter.count for parameter in self.parameters[method]]
         return math.prod(count for count in counts if count) if all(counts) else None
 
-    def _parameter(self, method: str, field: str, hyperparameter: Hyperparameter, spec: SweepSpec, used: set[str]) -> Parameter:
-        own = f"{method}.{field}"
-        special = own in spec.set or own in spec.range
+    def _parameter(
+        self,
+        method: str,
+        field: str,
+        hyperparameter: Hyperparameter,
+        spec: SweepSpec,
+        of_source: Mapping[str, Value],
+        names: set[str],
+    ) -> Parameter:
+        """A method's field in the space; its names are added to ``names``."""
+        full_name = f"{method}.{field}"
+        special = full_name in spec.set or full_name in spec.range
         shared = field in inherited(find_method(method).Config, Config) and not (special and len(spec.method) > 1)
-        fixed = spec.source_defaults().get(field, hyperparameter.default)
+        fixed = of_source.get(field, hyperparameter.default)
         searched = hyperparameter.search
-        for key in (field, own):  # what names the method is said last
+        for key in (field, full_name):  # what names the method is said last
             if key in spec.set:
                 fixed, searched = hyperparameter.parse(spec.set[key]), None
             if key in spec.range:
                 searched = hyperparameter.parse_range(spec.range[key])
-        used |= {field, own}
-        return Parameter(field, field if shared else own, hyperparameter, None if searched else fixed, searched)
+        names |= {field, full_name}
+        return Parameter(field, field if shared else full_name, hyperparameter, None if searched else fixed, searched)
 
     def _groups(self) -> list[tuple[frozenset[str], dict[str, BaseDistribution]]]:
         """The parameters that are drawn, by which methods have them: first those of all methods, the method itself among
@@ -118,20 +129,20 @@ class Space:
             method = trial.suggest_categorical("method", self.methods)
         values: dict[str, Value] = {}
         for parameter in self.parameters[method]:
-            drawn, kind = parameter.range, parameter.declared.type
-            if drawn is None:
+            limits, kind = parameter.range, parameter.declared.type
+            if limits is None:
                 assert parameter.fixed is not None
                 values[parameter.field] = parameter.fixed
-            elif drawn.choices:
-                chosen = trial.suggest_categorical(parameter.name, drawn.choices)
+            elif limits.choices:
+                chosen = trial.suggest_categorical(parameter.name, limits.choices)
                 assert chosen is not None
                 values[parameter.field] = chosen
             elif kind is int:
-                low, high, step = int(drawn.low), int(drawn.high), int(drawn.step) or 1
-                values[parameter.field] = trial.suggest_int(parameter.name, low, high, log=drawn.log, step=step)
+                low, high, step = int(limits.low), int(limits.high), int(limits.step) or 1
+                values[parameter.field] = trial.suggest_int(parameter.name, low, high, log=limits.log, step=step)
             else:
-                found = trial.suggest_float(parameter.name, drawn.low, drawn.high, log=drawn.log, step=drawn.step or None)
-                values[parameter.field] = drawn.exact(found, kind)
+                number = trial.suggest_float(parameter.name, limits.low, limits.high, log=limits.log, step=limits.step or None)
+                values[parameter.field] = limits.exact(number, kind)
         return method, values
 
     def number(self, method: str, values: Mapping[str, Value]) -> int | None:
@@ -164,8 +175,8 @@ class Space:
     def read(self, params: Mapping[str, Value], stored: Container[str] | None = None) -> tuple[str, dict[str, Value]]:
         """What :meth:`suggest` gave for a stored trial's parameters, without a trial, also where ranges were others then.
 
-        ``stored``: the names that trials of the study have; a hyperparameter that is not among them is newer than the study,
-        and has its default. ValueError where another one is missing, or a value is not legal.
+        ``stored``: the names that earlier trials of the study have; a hyperparameter that is not among them is newer than the
+        trial, and has its default. ValueError where another one is missing, or a value is not legal.
         """
         method = str(params.get("method")) if len(self.methods) > 1 else self.methods[0]
         if method not in self.parameters:
@@ -191,30 +202,31 @@ class Space:
 
     def views(self) -> set[str]:
         """The views that a trial may have."""
-        found: set[str] = set()
+        names: set[str] = set()
         for parameters in self.parameters.values():
             for parameter in parameters:
                 if parameter.field == "views":
-                    found |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
-        return found
+                    names |= {str(value) for value in (parameter.range.choices if parameter.range else [parameter.fixed])}
+        return names
 
     def defaults(self, method: str, spec: SweepSpec, num_classes: int = 10) -> tuple[dict[str, Value], list[str]]:
         """The parameters of the published configuration for that many classes, moved to the nearest bound where a range
         excludes it, and a line for each that was moved."""
         params: dict[str, Value] = {"method": method} if len(self.methods) > 1 else {}
-        moved = []
+        notes = []
+        of_source = spec.source_defaults()
         for parameter in self.parameters[method]:
             if parameter.range is None:
                 continue
-            published = spec.source_defaults().get(parameter.field, parameter.declared.default_for(num_classes))
+            published = of_source.get(parameter.field, parameter.declared.default_for(num_classes))
             nearest = parameter.range.nearest(published)
             params[parameter.name] = nearest
             if nearest != published:
-                moved.append(
+                notes.append(
                     f"{method}: the default {parameter.field} {published} is outside {parameter.range}; "
                     f"the first trial takes {nearest}"
                 )
-        return params, moved
+        return params, notes
 
     def begins(self, method: str, values: Mapping[str, Value]) -> float:
         """The fraction of the budget at which a configuration's method proper starts."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from errors import UserError
 from training.locations import Location
 from tune.store.journal import Lines
 
@@ -125,8 +126,8 @@ class SweepStore(ABC):
     def create(self, name: str) -> AbstractContextManager[tuple[Location, SweepFiles]]:
         """Makes a sweep: it is there when the block ends well, and otherwise there is nothing. ValueError where it exists."""
 
-    def taken(self, name: str) -> ValueError:
-        return ValueError(f"sweep {name!r} exists in {self.place}")
+    def taken(self, name: str) -> UserError:
+        return UserError(f"sweep {name!r} exists in {self.place}")
 
 
 def holder(command: str) -> str:
@@ -134,5 +135,5 @@ def holder(command: str) -> str:
     return f"process {os.getpid()} on {socket.gethostname()}\n{command}\n"
 
 
-def already_running(name: str, note: str) -> ValueError:
-    return ValueError(f"sweep {name!r} is being run by {note.partition(chr(10))[0].strip() or 'another process'}")
+def already_running(name: str, note: str) -> UserError:
+    return UserError(f"sweep {name!r} is being run by {note.partition(chr(10))[0].strip() or 'another process'}")

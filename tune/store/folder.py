@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.folders import write_whole
+from errors import UserError
 from training.locations import Location
 from tune.store.base import LOCK, NAME, RECORD, STALE_SECONDS, STOP_REQUEST, SweepFiles, SweepStore, already_running, holder
 from tune.store.journal import LineFile
@@ -51,7 +52,7 @@ class FolderFiles(SweepFiles):
                 taken = _locked(file, fcntl.LOCK_EX, patience=0.3)  # as long as a look at the lock may take
             except NoLocks as error:
                 how = "give --storage a folder on another one, or --ledger a database"
-                raise ValueError(f"the file system of {self.folder.parent} locks no files ({error}); {how}") from error
+                raise UserError(f"the file system of {self.folder.parent} locks no files ({error}); {how}") from error
             if not taken:
                 file.seek(0)
                 raise already_running(self.folder.name, file.read())

@@ -20,11 +20,13 @@ from typing import Any, Protocol
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
+from errors import UserError
+
 TAIL = 1 << 16
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # what a file system without locks may say
 
 
-class DamagedFile(ValueError):
+class DamagedFile(UserError):
     """A line that is not the torn last one cannot be read: nothing here is allowed to guess what it said."""
 
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import conninfo, errors
 
+from errors import UserError
 from training.locations import AT, Credentials, Location, location, names, remove
 from tune.store.base import LOCK, RECORD, STOP_REQUEST, StorageUnavailable, SweepFiles, SweepStore, already_running, holder
 from tune.store.connection import Connection
@@ -71,14 +72,14 @@ def check_url(url: str) -> str:
     allowed = "write postgresql://USER@HOST:PORT/DATABASE"
     userinfo, _, shown = Credentials.of(url)
     if not url.startswith(("postgresql://", "postgres://")):
-        raise ValueError(f"--ledger: {shown!r} is not allowed; {allowed}")
+        raise UserError(f"--ledger: {shown!r} is not allowed; {allowed}")
     try:
         parts = conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:  # it may quote the password
-        raise ValueError(f"--ledger: {shown!r} is not readable; {allowed}") from error
+        raise UserError(f"--ledger: {shown!r} is not readable; {allowed}") from error
     if ":" in userinfo or parts.get("password") or parts.get("sslpassword"):
         instead = f"leave it out and set PGPASSWORD, or use ~/.pgpass ({AT})"
-        raise ValueError(f"--ledger: the URL of {shown!r} holds a password; {instead}")
+        raise UserError(f"--ledger: the URL of {shown!r} holds a password; {instead}")
     return url
 
 
@@ -371,7 +372,7 @@ class PostgresStore(SweepStore):
                 raise self.taken(name)
             kept = [name for name in names(folder) if not name.startswith(".")]  # a launch that was killed may leave those
             if kept or (isinstance(folder, Path) and folder.is_file()):
-                raise ValueError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
+                raise UserError(f"{folder} exists and belongs to no sweep in {self.place}; choose another name or storage")
             self.database.execute("delete from noisy_label_lines where sweep = %s", name)  # of a launch that was killed
             try:
                 yield folder, files

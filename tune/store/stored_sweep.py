@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from errors import UserError
 from training.locations import Location
 from tune.spec import BEFORE, SweepSpec, make_spec, read_field, set_before
 from tune.store.base import NAME, RECORD, SweepFiles, SweepStore
@@ -61,7 +62,7 @@ class Sweep:
         try:
             text = files.read(RECORD)
             if text is None:
-                raise ValueError(f"no sweep {name!r} in {store.place}; there are: {', '.join(store.names()) or 'none'}")
+                raise UserError(f"no sweep {name!r} in {store.place}; there are: {', '.join(store.names()) or 'none'}")
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
             read = {name: read_field(name, value, stored=True) for name, value in fields}
@@ -70,23 +71,23 @@ class Sweep:
             spec = make_spec(BEFORE | read, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
-                raise ValueError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
+                raise UserError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
             return cls(store.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
+            raise UserError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
 def check_place(sweep: Sweep, store: Path | SweepStore) -> None:
     """ValueError where ``--storage`` names another place than that of the sweep's checkpoints."""
     asked = as_store(store).requested
     if asked not in (None, sweep.storage):
-        raise ValueError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
+        raise UserError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
 
 
 def check_name(name: str) -> str:
     """ValueError where ``name`` could leave the storage folder, be a nuisance in a shell, or is MLflow's there."""
     if not NAME.fullmatch(name):
-        raise ValueError(f"sweep name {name!r} is not allowed; use letters, digits, '.', '_' and '-', no sign first")
+        raise UserError(f"sweep name {name!r} is not allowed; use letters, digits, '.', '_' and '-', no sign first")
     if name == "mlartifacts" or name.startswith("mlflow.db"):
-        raise ValueError(f"sweep name {name!r} is not allowed; MLflow keeps its own files under that name")
+        raise UserError(f"sweep name {name!r} is not allowed; MLflow keeps its own files under that name")
     return name
