@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from tune.store.postgres import Database, PostgresStore
 
 import search
 from tests.postgres import Postgres
@@ -26,7 +27,6 @@ from tune.search.ledger import Ledger
 from tune.store import connection as connection_module
 from tune.store import postgres as database_module
 from tune.store.base import StorageUnavailable
-from tune.store.postgres import Database, PostgresStore
 from tune.store.stored_sweep import Sweep
 
 COMMAND = "the command that goes on"
@@ -144,14 +144,14 @@ def test_a_frozen_database_stops_the_sweep(
 
     monkeypatch.setattr("tune.cluster.executor.run", run)
     with contextlib.ExitStack() as stack:
-        assert search.main(["resume", "first", "--ledger", store.place]) == 1
+        assert search.main(["resume", "first", "--ledger", store.url]) == 1
     assert 0.5 < waited < 8
     said = capsys.readouterr().err
     assert "warning: the table cannot be shown: database " in said
     last = said.splitlines()[-1]
-    assert last.startswith(f"error: the ledger cannot be written: database {store.place}: ")
-    assert last.endswith(f"; go on with: python search.py resume first --ledger '{store.place}'")
-    sweep = Sweep.find(PostgresStore(store.place, None), "first")
+    assert last.startswith(f"error: the ledger cannot be written: database {store.url}: ")
+    assert last.endswith(f"; go on with: python search.py resume first --ledger '{store.url}'")
+    sweep = Sweep.find(PostgresStore(store.url, None), "first")
     with sweep.files.lock("x"):
         play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     check_whole(sweep, 2, 3)
@@ -170,7 +170,7 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
     for name, (epoch_seconds, silent_seconds, _) in cases.items():
         make_sweep(store, name, epochs=100_000, scheduler="none", tracking=f"sqlite:///{tmp_path / name}.db")
         shutil.copy(migrated_store, tmp_path / f"{name}.db")
-        command = [sys.executable, "-c", DRIVER, store.place, store.storage, name, epoch_seconds, silent_seconds, COMMAND]
+        command = [sys.executable, "-c", DRIVER, store.url, store.storage, name, epoch_seconds, silent_seconds, COMMAND]
         logs[name] = tmp_path / f"{name}.log"
         with logs[name].open("w") as log:
             drivers[name] = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, text=True)
@@ -194,7 +194,7 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
     assert max(took.values()) < 11, took
     for name, lines in said.items():
         assert lines[-1] == COMMAND, lines
-        sweep = Sweep.find(PostgresStore(store.place, None), name)
+        sweep = Sweep.find(PostgresStore(store.url, None), name)
         with sweep.files.lock("x"):
             epochs = [record["epoch"] for record in sweep.files.lines("metrics.jsonl").read()]
         num_told = sum(line.startswith("epoch") for line in lines)

@@ -19,7 +19,7 @@ from tune.report.tracking import artifacts_uri
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import KEPT_CHECKPOINTS
-from tune.store.postgres import PostgresStore
+from tune.store.postgresql.store import PostgresStore
 
 SECRET = "correct-horse-battery"
 

@@ -40,7 +40,6 @@ class Record:
     """One trial as the driver keeps it: identity, configuration, and how far it is. Values by epoch are the objective."""
 
     number: int
-    trial_id: int
     state: TrialState
     method: str
     values: dict[str, Value]
@@ -101,7 +100,7 @@ class Ledger:
         self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = Journal(sweep.files.lines("journal.log"))
-        storage = open_storage(self.journal)
+        self.storage = storage = open_storage(self.journal)
         names = {kind: name for kind in (SWEEP, RETRAIN) if (name := study_name(storage, kind))}
         self.kinds = set(names)  # that the journal holds
         if create and kind not in names:
@@ -110,6 +109,7 @@ class Ledger:
             raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
+        self._trial_ids: dict[int, int] = {}  # the storage's, by the numbers of trials that are not finished
         self._read()
 
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
@@ -137,7 +137,7 @@ class Ledger:
                 epoch = EpochRecord(line["epoch"], float(line["time"]), float(line["objective"]), dict(line["metrics"]))
                 record, _ = self.records.get(line["trial"]), float(epoch.metrics["seconds"])
             except (KeyError, TypeError, ValueError) as error:
-                place = f"{self.metrics.place}: line {self.metrics.line}"
+                place = f"{self.metrics.display_name}: line {self.metrics.line}"
                 raise DamagedFile(f"{place} is damaged; the file was left as it is") from error
             if record is None:
                 continue
@@ -150,22 +150,19 @@ class Ledger:
         try:
             if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
                 self.study.sampler = self._sampler(trial)
-                self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+                self.space.suggest(optuna.Trial(self.study, self._trial_id(trial.number)))
                 self.study.sampler = self._unused
-                trial = self.study._storage.get_trial(trial._trial_id)
+                trial = self.storage.get_trial(self._trial_id(trial.number))
             method, values = self.space.read(trial.params, self._names if trial.state.is_finished() else None)
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
-                lost = (
-                    f"{self.journal.lines.place}: what it says of trial {trial.number} is damaged; the file was left as it is"
-                )
-                raise DamagedFile(lost) from error
+                damage = f"what it says of trial {trial.number} is damaged; the file was left as it is"
+                raise DamagedFile(f"{self.journal.lines.display_name}: {damage}") from error
             method, values = str(trial.params.get("method", self.space.methods[0])), {}  # its proposal is being written
         started = trial.datetime_start or trial.datetime_complete
         assert started is not None
         record = Record(
             trial.number,
-            trial._trial_id,
             trial.state,
             method,
             values,
@@ -185,6 +182,13 @@ class Ledger:
                 bisect.insort(self._ranked, record, key=_rank)
         return record
 
+    def _trial_id(self, number: int) -> int:
+        """The storage's own number of a trial, which its methods want."""
+        if number not in self._trial_ids:
+            study_id = self.storage.get_study_id_from_name(self.study.study_name)
+            self._trial_ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._trial_ids[number]
+
     # -- proposing ----------------------------------------------------------------------------------------------------
 
     def enqueue(self, params: dict[str, Value], attrs: dict[str, Any] | None = None) -> None:
@@ -194,7 +198,7 @@ class Ledger:
 
     def ask(self) -> Record:
         """The next trial: an enqueued one first, else the sampler's proposal."""
-        return self._adopt(self.study._storage.get_trial(self.study.ask()._trial_id))
+        return self._adopt(self.storage.get_trial(self._trial_id(self.study.ask().number)))
 
     def count(self, *states: TrialState) -> int:
         return sum(self.states[state] for state in states)
@@ -252,7 +256,7 @@ class Ledger:
     def _set_objectives(self, record: Record, epochs: list[EpochRecord]) -> None:
         with self.journal.at_once():
             for epoch in epochs:
-                self.study._storage.set_trial_intermediate_value(record.trial_id, epoch.epoch, epoch.objective)
+                self.storage.set_trial_intermediate_value(self._trial_id(record.number), epoch.epoch, epoch.objective)
         for epoch in epochs:
             record.objectives[epoch.epoch] = epoch.objective
             record.epochs = max(record.epochs, epoch.epoch)
@@ -284,9 +288,9 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        told = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
+        told = optuna.Trial(self.study, self._trial_id(record.number))  # by its number Optuna would look through all of them
         self.study.tell(told, values=values, state=state)
-        ended = self.study._storage.get_trial(record.trial_id).datetime_complete
+        ended = self.storage.get_trial(self._trial_id(record.number)).datetime_complete
         assert ended is not None
         with self.lock:
             self.states[record.state] -= 1
@@ -310,7 +314,7 @@ class Ledger:
     def _set_attr(self, record: Record, key: str, value: Any) -> None:
         if record.attrs.get(key) == value:
             return  # from before a kill; a driver that is killed after every single write gets ahead all the same
-        self.study._storage.set_trial_user_attr(record.trial_id, key, value)
+        self.storage.set_trial_user_attr(self._trial_id(record.number), key, value)
         record.attrs[key] = value
 
     # -- reading ------------------------------------------------------------------------------------------------------

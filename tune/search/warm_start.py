@@ -59,7 +59,7 @@ def _find(old: str, store: SweepStore) -> Sweep:
     if (folder / RECORD).is_file():
         return Sweep.find(FolderStore(folder.parent), folder.name)
     known = ", ".join(store.names()) or "none"
-    raise ValueError(f"--from: {old!r} is no sweep in {store.place} and no folder of one; there are: {known}")
+    raise ValueError(f"--from: {old!r} is no sweep in {store.display_name} and no folder of one; there are: {known}")
 
 
 def _translated(record: Record, old: Space, new: Space, spec: SweepSpec, num_classes: int) -> tuple[dict[str, Value], str]:
