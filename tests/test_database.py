@@ -276,7 +276,7 @@ def take_away(store: PostgresStore, other: PostgresStore, url: str, postgres: Po
     with store.database._guard:
         holder = f"select pid from pg_locks where locktype = 'advisory' and objid = {lock_key('first') % 2**32}"
         postgres.query(f"select pg_terminate_backend(({holder}))", name_of(url))
-        assert other.database.take("first", "process 1 on another\nx\n")
+        assert other.database.acquire("first", "process 1 on another\nx\n")
 
 
 def test_a_stop_request_reaches_the_driver(store: PostgresStore) -> None:

@@ -139,11 +139,11 @@ class Database:
         connection.execute(SESSION)
         self._has_connected = True
         for key, (sweep, note) in self.locks.items():
-            taken = connection.execute("select 1 where pg_try_advisory_lock(%s)", [key]).fetchall()
+            has_lock = connection.execute("select 1 where pg_try_advisory_lock(%s)", [key]).fetchall()
             row = connection.execute(READ_TEXT, [sweep, LOCK]).fetchone()
             if row and row[0] != note:
                 raise StorageUnavailable(f"the connection was lost, and since then {already_running(sweep, row[0])}")
-            if not taken:  # the server has yet to notice that our last connection is gone
+            if not has_lock:  # the server has yet to notice that our last connection is gone
                 raise psycopg.OperationalError("the broken connection still holds the sweep")
 
     def stop_waiting(self) -> None:
@@ -177,15 +177,15 @@ class Database:
 
     # -- one driver at a time -----------------------------------------------------------------------------------------
 
-    def take(self, sweep: str, note: str) -> bool:
+    def acquire(self, sweep: str, note: str) -> bool:
         """Tries to get the lock of a sweep. From then on it is taken again with every new connection."""
         key = lock_key(sweep)
 
         def work(connection: psycopg.Connection[Any], is_retry: bool) -> bool:
-            taken = bool(connection.execute("select 1 where pg_try_advisory_lock(%s)", [key]).fetchall())
-            if taken:
+            has_lock = bool(connection.execute("select 1 where pg_try_advisory_lock(%s)", [key]).fetchall())
+            if has_lock:
                 connection.execute(WRITE_TEXT, [sweep, LOCK, note])
-            return taken
+            return has_lock
 
         with self._guard:
             deadline = time.monotonic() + LOCK_PATIENCE

@@ -101,7 +101,7 @@ class PostgresFiles(SweepFiles):
 
     @contextlib.contextmanager
     def lock(self, command: str) -> Iterator[None]:
-        if not self.database.take(self.sweep, f"{driver_note(command)}{uuid.uuid4()}\n"):
+        if not self.database.acquire(self.sweep, f"{driver_note(command)}{uuid.uuid4()}\n"):
             raise already_running(self.sweep, self.read(LOCK) or "")
         try:
             yield
