@@ -109,7 +109,7 @@ class Ledger:
             raise ValueError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
-        self._trial_ids: dict[int, int] = {}  # the storage's, by the numbers of trials that are not finished
+        self._storage_ids: dict[int, int] = {}  # the storage's, by the numbers of trials that are not finished
         self._read()
 
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
@@ -150,9 +150,9 @@ class Ledger:
         try:
             if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
                 self.study.sampler = self._sampler(trial)
-                self.space.suggest(optuna.Trial(self.study, self._trial_id(trial.number)))
+                self.space.suggest(optuna.Trial(self.study, self._storage_id(trial.number)))
                 self.study.sampler = self._unused
-                trial = self.storage.get_trial(self._trial_id(trial.number))
+                trial = self.storage.get_trial(self._storage_id(trial.number))
             method, values = self.space.read(trial.params, self._names if trial.state.is_finished() else None)
         except ValueError as error:
             if trial.state.is_finished() or not self.read_only:
@@ -182,12 +182,12 @@ class Ledger:
                 bisect.insort(self._ranked, record, key=_rank)
         return record
 
-    def _trial_id(self, number: int) -> int:
+    def _storage_id(self, number: int) -> int:
         """The storage's own number of a trial, which its methods want."""
-        if number not in self._trial_ids:
+        if number not in self._storage_ids:
             study_id = self.storage.get_study_id_from_name(self.study.study_name)
-            self._trial_ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        return self._trial_ids[number]
+            self._storage_ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._storage_ids[number]
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class Ledger:
 
     def ask(self) -> Record:
         """The next trial: an enqueued one first, else the sampler's proposal."""
-        return self._adopt(self.storage.get_trial(self._trial_id(self.study.ask().number)))
+        return self._adopt(self.storage.get_trial(self._storage_id(self.study.ask().number)))
 
     def count(self, *states: TrialState) -> int:
         return sum(self.states[state] for state in states)
@@ -256,7 +256,7 @@ class Ledger:
     def _set_objectives(self, record: Record, epochs: list[EpochRecord]) -> None:
         with self.journal.at_once():
             for epoch in epochs:
-                self.storage.set_trial_intermediate_value(self._trial_id(record.number), epoch.epoch, epoch.objective)
+                self.storage.set_trial_intermediate_value(self._storage_id(record.number), epoch.epoch, epoch.objective)
         for epoch in epochs:
             record.objectives[epoch.epoch] = epoch.objective
             record.epochs = max(record.epochs, epoch.epoch)
@@ -288,9 +288,9 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        told = optuna.Trial(self.study, self._trial_id(record.number))  # by its number Optuna would look through all of them
+        told = optuna.Trial(self.study, self._storage_id(record.number))  # by its number Optuna would look through all of them
         self.study.tell(told, values=values, state=state)
-        ended = self.storage.get_trial(self._trial_id(record.number)).datetime_complete
+        ended = self.storage.get_trial(self._storage_id(record.number)).datetime_complete
         assert ended is not None
         with self.lock:
             self.states[record.state] -= 1
@@ -314,7 +314,7 @@ class Ledger:
     def _set_attr(self, record: Record, key: str, value: Any) -> None:
         if record.attrs.get(key) == value:
             return  # from before a kill; a driver that is killed after every single write gets ahead all the same
-        self.storage.set_trial_user_attr(self._trial_id(record.number), key, value)
+        self.storage.set_trial_user_attr(self._storage_id(record.number), key, value)
         record.attrs[key] = value
 
     # -- reading ------------------------------------------------------------------------------------------------------
