@@ -42,6 +42,7 @@ from tune.search.coordinator import FINISHED, Coordinator  # noqa: E402
 from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402
 from tune.search.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import SweepSpec, make_spec, read_pairs  # noqa: E402
+from tune.store.folder import FolderFiles  # noqa: E402
 from tune.store.stored_sweep import Sweep  # noqa: E402
 from tune.sweep import enqueue_retraining  # noqa: E402
 
@@ -117,7 +118,7 @@ def opened(folder: Path, spec: SweepSpec) -> Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         dataset = dataset_of(spec)
         provenance = {"id": uuid.uuid4().hex, "created": time.time(), "data": dataset.fingerprint, "commit": "benchmark"}
-        sweep = Sweep(folder, spec, provenance)
+        sweep = Sweep(folder, spec, provenance, FolderFiles(folder))
         ledger = Ledger(sweep, create=True)
         ledger.enqueue(ledger.space.defaults(spec.method[0], spec, dataset.num_classes)[0])
         sweep.write()

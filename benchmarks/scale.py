@@ -47,6 +47,7 @@ from tune.search.coordinator import Coordinator  # noqa: E402
 from tune.search.ledger import Ledger, Record  # noqa: E402
 from tune.search.recipes import dataset as dataset_of  # noqa: E402
 from tune.spec import make_spec  # noqa: E402
+from tune.store.folder import FolderFiles  # noqa: E402
 from tune.store.stored_sweep import Sweep  # noqa: E402
 
 NAME, EPOCHS, SLOTS = "scale", 30, 8
@@ -176,7 +177,7 @@ def measured(options: argparse.Namespace, storage: Path) -> Iterator[dict[str, A
     spec = make_spec({"method": tuple(options.methods.split(",")), "trials": marks[-1], "epochs": EPOCHS})
     provenance = {"id": uuid.uuid4().hex, "created": time.time(), "data": dataset_of(spec).fingerprint, "commit": "benchmark"}
     (storage / NAME).mkdir(parents=True)
-    sweep = Sweep(storage / NAME, spec, provenance)
+    sweep = Sweep(storage / NAME, spec, provenance, FolderFiles(storage / NAME))
     sweep.write()
     ledger = Ledger(sweep, create=True)
     for method in spec.method:
@@ -190,7 +191,7 @@ def measured(options: argparse.Namespace, storage: Path) -> Iterator[dict[str, A
             grow(coordinator, free, max(1, mark - WINDOW), Watch(), projection)
             ledger.sweep, watch = sweep, Watch()
             grow(coordinator, free, mark, watch, projection)
-            Sweep(sweep.folder, make_spec({**vars(spec), "trials": mark}), provenance).write()
+            dataclasses.replace(sweep, spec=make_spec({**vars(spec), "trials": mark})).write()
             yield at_mark(sweep, mark, watch, projection)
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from data.folders import write_whole
+from data.durable import replace, sync, write_whole
 from data.noise import label_bytes
 from data.readers.base import TEST, Block, RawTable, Source
 from data.readers.pixels import Flag
@@ -103,8 +102,8 @@ class _Build:
         self.damage |= {str(row): reason for row, reason in block.damage.items()}
         self.done += len(block.images)
         if time.monotonic() - self.synced > SYNC_SECONDS:
-            _sync(self.images)
-            _sync(self.facts)
+            sync(self.images)
+            sync(self.facts)
             write_whole(self.notes, json.dumps(self.plan | {"done": self.done, "damage": self.damage}))
             self.synced = time.monotonic()
 
@@ -132,8 +131,8 @@ class _Build:
             **self.counter.statistics(),
         }
         write_end(self.images, description, facts, raw.keys)
-        _sync(self.images)
-        self.partial.replace(self.path)
+        sync(self.images)
+        replace(self.partial, self.path)
         for file in (self.fact_file, self.notes):
             file.unlink(missing_ok=True)
 
@@ -206,11 +205,6 @@ class _Decoded:
         damage = {row: reason for block in self.left for row, reason in block.damage.items()}
         self.left = [Block(images[num_rows:], facts[num_rows:])]
         return Block(images[:num_rows], facts[:num_rows], damage)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Counter:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from data.build import build, said_by
-from data.folders import alone, cache_folder
+from data.durable import lock_path
+from data.folders import cache_folder
 from data.readers.base import Source
 from data.table_file import Table, UnusableError, read_table
 from errors import UserError
@@ -67,7 +68,7 @@ def _opened(path: Path, source: Source, stamp: str | None) -> Table:
     with contextlib.suppress(FileNotFoundError, UnusableError):
         return _checked(path, source, stamp)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with alone(path.with_suffix(".lock"), f"another process builds {path}"):
+    with lock_path(path.with_suffix(".lock"), f"another process builds {path}"):
         return _built(path, source, stamp)
 
 

@@ -111,7 +111,7 @@ def kept_lines(sweep: Sweep, name: str) -> list[bytes]:
         content = path.read_bytes() if path.exists() else b""
         return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     query = "select line from noisy_label_lines where sweep = %s and file = %s order by number"
-    with psycopg.connect(sweep.files.store.place) as connection:
+    with psycopg.connect(sweep.files.store.url) as connection:
         return [row[0].encode() + b"\n" for row in connection.execute(query, [sweep.name, name])]
 
 
@@ -128,7 +128,7 @@ def everything(sweep: Sweep) -> tuple[Any, ...]:
     """All that is kept of a sweep, to see whether something changed."""
     store = sweep.files.store
     files = bytes_below(sweep.folder) if isinstance(sweep.folder, Path) else {}
-    return files, *([] if isinstance(store, FolderStore) else dumped(store.place))
+    return files, *([] if isinstance(store, FolderStore) else dumped(store.url))
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ def open_desk(sweep: Sweep, concurrent: int = 1) -> Coordinator:
 
 def changed(sweep: Sweep, **fields: Any) -> Sweep:
     """The sweep as ``resume`` with these flags leaves it."""
-    sweep = Sweep(sweep.folder, dataclasses.replace(sweep.spec, **fields), sweep.provenance)
+    sweep = dataclasses.replace(sweep, spec=dataclasses.replace(sweep.spec, **fields))
     sweep.write()
     return sweep
 

@@ -32,11 +32,14 @@ from tune.search.ledger import RETRAIN, Ledger
 from tune.search.space import Space
 from tune.search.warm_start import warm_start
 from tune.spec import make_spec
-from tune.store import postgres as database_module
 from tune.store.base import LOCK, PROBE, StorageUnavailable
 from tune.store.journal import DamagedFile
-from tune.store.postgres import APPEND, Database, DatabaseLines, PostgresStore, check_url, lock_key
-from tune.store.stored_sweep import Sweep, check_place
+from tune.store.postgresql import database as database_module
+from tune.store.postgresql import store as store_module
+from tune.store.postgresql.database import Database, check_url, lock_key
+from tune.store.postgresql.store import PostgresLines, PostgresStore
+from tune.store.postgresql.tables import APPEND_LINES, WRITE_TEXT
+from tune.store.stored_sweep import Sweep
 
 RECORDS: list[dict[str, Any]] = [{"n": 0}, {"n": 1, "text": 'ü\n"{\0'}, {"n": 2, "list": [1.5, None, True]}]
 SECRET = "correct-horse-battery"
@@ -70,14 +73,14 @@ def store(url: str, tmp_path: Path) -> PostgresStore:
 
 def elsewhere(store: PostgresStore) -> PostgresStore:
     """The same place as another process sees it: over a connection of its own."""
-    return PostgresStore(store.place, store.storage)
+    return PostgresStore(store.url, store.storage)
 
 
 def name_of(url: str) -> str:
     return url.partition("@/")[2].partition("?")[0]
 
 
-def lines(store: PostgresStore, name: str = "metrics.jsonl") -> DatabaseLines:
+def lines(store: PostgresStore, name: str = "metrics.jsonl") -> PostgresLines:
     return store.files("first").lines(name)
 
 
@@ -90,7 +93,7 @@ class Failing:
         real = psycopg.Connection.execute
 
         def execute(connection: Any, query: Any, *values: Any, **options: Any) -> Any:
-            if query not in (APPEND, database_module.WRITE):
+            if query not in (APPEND_LINES, WRITE_TEXT):
                 return real(connection, query, *values, **options)
             self.count += 1
             answer = real(connection, query, *values, **options) if after or not when(self.count) else None
@@ -122,7 +125,7 @@ def test_records_come_back_as_they_were_and_a_reader_goes_on(store: PostgresStor
 
 
 def test_more_lines_than_are_read_at_a_time(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database_module, "CHUNK", 3)
+    monkeypatch.setattr(store_module, "CHUNK", 3)
     for number in (1, 2, 3, 7):
         lines(store).append([{"n": n} for n in range(number)])
     assert [record["n"] for record in lines(store).read()] == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
@@ -273,7 +276,7 @@ def take_away(store: PostgresStore, other: PostgresStore, url: str, postgres: Po
     with store.database._guard:
         holder = f"select pid from pg_locks where locktype = 'advisory' and objid = {lock_key('first') % 2**32}"
         postgres.query(f"select pg_terminate_backend(({holder}))", name_of(url))
-        assert other.database.take("first", "process 1 on another\nx\n")
+        assert other.database.acquire("first", "process 1 on another\nx\n")
 
 
 def test_a_stop_request_reaches_the_driver(store: PostgresStore) -> None:
@@ -307,9 +310,9 @@ def test_a_sweep_is_the_same_in_a_folder_and_in_a_database(store: PostgresStore,
     told = [[(t.state, t.params, t.intermediate_values, t.user_attrs) for t in stored_trials(sweep)] for sweep in (there, here)]
     assert told[0] == told[1]
     assert not list(there.folder.glob("*.*")), "nothing but checkpoints"
-    found = Sweep.find(PostgresStore(store.place, None), "first")
+    found = Sweep.find(PostgresStore(store.url, None), "first")
     assert found == there, "its storage is noted"
-    assert sweep_lines(PostgresStore(store.place, None))[2].split()[:2] == ["first", "alr,ce"]
+    assert sweep_lines(PostgresStore(store.url, None))[2].split()[:2] == ["first", "alr,ce"]
 
 
 def test_a_look_at_a_sweep_changes_nothing(store: PostgresStore) -> None:
@@ -372,10 +375,10 @@ def test_another_storage_is_not_touched_and_refused_where_it_matters(
     assert sorted(other.rglob("*")) == before
     line = f"--storage: sweep 'first' keeps its checkpoints in {sweep.storage}, not in {other}"
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
-        check_place(found, PostgresStore(url, other))
+        found.check_storage()
     for good in (None, sweep.storage):
-        check_place(found, PostgresStore(url, good))
-    check_place(make_sweep(tmp_path / "folder"), tmp_path / "elsewhere")  # a folder's sweeps are where they are looked for
+        Sweep.find(PostgresStore(url, good), "first").check_storage()
+    make_sweep(tmp_path / "folder").check_storage()  # a folder's sweeps are where they are looked for
     flags = ["--ledger", url, "--storage", str(other)]
     assert search.main(["list", *flags]) == 0
     assert search.main(["best", "first", *flags]) == 0
@@ -480,7 +483,7 @@ def play_while(disturb: Callable[[], None], pause: float, store: PostgresStore) 
         play(coordinator, lambda record, epoch: time.sleep(0.01) or made_up(record.values, epoch))  # type: ignore[func-returns-value]
         over.set()
         disturber.join()
-        assert PostgresStore(store.place, None).files("first").running()
+        assert PostgresStore(store.url, None).files("first").running()
     assert coordinator.problem == ""
     assert num_times == 3
     check_whole(sweep, 40, 5)
@@ -514,10 +517,10 @@ def test_a_database_that_stays_away_stops_the_sweep(
         began = time.monotonic()
         assert coordinator.result("b", [epoch_record(1, 0.5)], failure=None, diverged=False) is False
         assert time.monotonic() - began < 1, "it is not waited for twice"
-        assert coordinator.problem.startswith(f"the ledger cannot be written: database {sweep.files.store.place}: ")
+        assert coordinator.problem.startswith(f"the ledger cannot be written: database {sweep.files.store.url}: ")
         assert coordinator.next("c") == FINISHED
     own_server.start()
-    sweep = Sweep.find(PostgresStore(sweep.files.store.place, None), "first")
+    sweep = Sweep.find(PostgresStore(sweep.files.store.url, None), "first")
     with sweep.files.lock("x"):
         play(Coordinator(Ledger(sweep), total=3, concurrent=2))
     check_whole(sweep, 3, 3)
@@ -554,14 +557,14 @@ def test_the_command_that_goes_on_is_said_where_the_database_has_gone(
             coordinator.released("a")
 
     monkeypatch.setattr("tune.cluster.executor.run", run)
-    assert search.main([verb, "first", "--ledger", store.place]) == 1
+    assert search.main([verb, "first", "--ledger", store.url]) == 1
     own_server.start()
     said = capsys.readouterr()
     assert "warning: the table cannot be shown: database " in said.err
     last = said.err.splitlines()[-1]
-    assert last.startswith(f"error: the ledger cannot be written: database {store.place}: ")
+    assert last.startswith(f"error: the ledger cannot be written: database {store.url}: ")
     flags = " --top 3 --seeds 3" if verb == "retrain" else ""
-    assert last.endswith(f"; go on with: python search.py {verb} first{flags} --ledger '{store.place}'")
+    assert last.endswith(f"; go on with: python search.py {verb} first{flags} --ledger '{store.url}'")
     assert [trial.state.name for trial in stored_trials(sweep)] == ["COMPLETE"] * (3 if verb == "retrain" else 1)
 
 

@@ -23,10 +23,11 @@ from tests.sweeps import epoch_record, made_up, make_sweep, play
 from tests.test_database import check_whole, play_while
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger
-from tune.store import connection as connection_module
-from tune.store import postgres as database_module
 from tune.store.base import StorageUnavailable
-from tune.store.postgres import Database, PostgresStore
+from tune.store.postgresql import connection as connection_module
+from tune.store.postgresql import database as database_module
+from tune.store.postgresql.database import Database
+from tune.store.postgresql.store import PostgresStore
 from tune.store.stored_sweep import Sweep
 
 COMMAND = "the command that goes on"
@@ -35,14 +36,14 @@ import contextlib, sys, time
 from pathlib import Path
 from search import leave
 from tests.sweeps import epoch_record
-from tune.store import connection
+from tune.store.postgresql import connection
 from tune.cluster import executor
-from tune.store.postgres import PostgresStore
+from tune.store.postgresql.store import PostgresStore
 from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
 from tune.execution import execute
 
-url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
+url, storage, name, epoch_seconds, answer_seconds, command = sys.argv[1:]
 
 def run(coordinator, spec, interruption, say):
     coordinator.concurrent = 1
@@ -54,7 +55,7 @@ def run(coordinator, spec, interruption, say):
             print("epoch", epoch, flush=True)
             time.sleep(float(epoch_seconds))
 
-connection.SILENT_SECONDS = float(silent_seconds)
+connection.ANSWER_SECONDS = float(answer_seconds)
 executor.run = run
 sweep = Sweep.find(PostgresStore(url, Path(storage)), name)
 with sweep.files.lock(command):
@@ -73,47 +74,74 @@ def server() -> Iterator[Postgres]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(connection_module, "ANSWER_SECONDS", 0.6)
     monkeypatch.setattr(database_module, "RETRY_SECONDS", 2.0)
     monkeypatch.setitem(database_module.CONNECT, "connect_timeout", 2)  # libpq's least
 
 
 @pytest.mark.usefixtures("impatient")
-def test_it_is_silence_that_is_not_waited_for(postgres: Postgres) -> None:
-    """A statement may take as long as it wants, as long as something comes."""
+@pytest.mark.parametrize(
+    "endless", ["select pg_sleep(20)", "select pg_sleep(0.1), repeat('x', 100000) from generate_series(1, 200)"]
+)
+def test_no_answer_is_waited_for_without_a_limit(postgres: Postgres, endless: str) -> None:
+    """Whether nothing comes or too little. Afterwards no thread waits for it, and the database is as good as before."""
     database = Database(postgres.new_database())
-    packets = "select pg_sleep(0.1), repeat('x', 100000) from generate_series(1, 16)"
-    began = time.monotonic()
-    assert len(database.select(packets)) == 16
-    assert time.monotonic() - began > 2 * connection_module.SILENT_SECONDS
-    began = time.monotonic()
-    with pytest.raises(StorageUnavailable, match=r"^database postgresql://.*: the server has said nothing for 0.6 s$"):
-        database.select("select pg_sleep(20)")
-    assert time.monotonic() - began < 6
+    assert database.select("select pg_sleep(0.2), 1")[0][1] == 1
+    with pytest.raises(StorageUnavailable, match=r"^database postgresql://.*: the server has not answered within 0.6 s$"):
+        database.select(endless)
+    assert statements_in_progress() == []
     assert database.select("select 1") == [(1,)]
+
+
+def test_a_signal_in_the_middle_of_an_answer_breaks_the_connection(postgres: Postgres) -> None:
+    """Its handler is heard at once, and the statement is not waited for; the next one gets a connection of its own."""
+    database = Database(postgres.new_database())
+    before = database.select("select pg_backend_pid()")
+
+    def handle(number: int, frame: object) -> None:
+        raise InterruptedError
+
+    previous = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(InterruptedError):
+            database.select("select pg_sleep(600)")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert statements_in_progress() == []
+    assert database.select("select pg_backend_pid()") != before
+
+
+def statements_in_progress() -> list[threading.Thread]:
+    """The threads that wait for an answer, once those have had their time that need not wait any longer."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "statement"]
+    for thread in threads:
+        thread.join(5)
+    return [thread for thread in threads if thread.is_alive()]
 
 
 def test_a_frozen_database_that_thaws_in_time_costs_nothing(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some statements are broken off, and carried out all the same when the server goes on."""
-    monkeypatch.setattr(connection_module, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(connection_module, "ANSWER_SECONDS", 0.3)
     num_broken = 0
-    real = connection_module.Connection._heard
+    real = connection_module.run_within_limit
 
-    def heard(self: connection_module.Connection, gen: Any) -> Any:
+    def counting(*arguments: Any) -> Any:
         nonlocal num_broken
         try:
-            return (yield from real(self, gen))
+            return real(*arguments)
         except psycopg.OperationalError as error:
-            num_broken += "the server has said nothing" in str(error)
+            num_broken += "the server has not answered" in str(error)
             raise
 
     def freeze() -> None:
         with server.frozen():
             time.sleep(0.9)
 
-    monkeypatch.setattr(connection_module.Connection, "_heard", heard)
+    monkeypatch.setattr(database_module, "run_within_limit", counting)
     play_while(freeze, 0.5, PostgresStore(server.new_database(), tmp_path))
     assert num_broken > 0
 
@@ -144,14 +172,14 @@ def test_a_frozen_database_stops_the_sweep(
 
     monkeypatch.setattr("tune.cluster.executor.run", run)
     with contextlib.ExitStack() as stack:
-        assert search.main(["resume", "first", "--ledger", store.place]) == 1
+        assert search.main(["resume", "first", "--ledger", store.url]) == 1
     assert 0.5 < waited < 8
     said = capsys.readouterr().err
     assert "warning: the table cannot be shown: database " in said
     last = said.splitlines()[-1]
-    assert last.startswith(f"error: the ledger cannot be written: database {store.place}: ")
-    assert last.endswith(f"; go on with: python search.py resume first --ledger '{store.place}'")
-    sweep = Sweep.find(PostgresStore(store.place, None), "first")
+    assert last.startswith(f"error: the ledger cannot be written: database {store.url}: ")
+    assert last.endswith(f"; go on with: python search.py resume first --ledger '{store.url}'")
+    sweep = Sweep.find(PostgresStore(store.url, None), "first")
     with sweep.files.lock("x"):
         play(Coordinator(Ledger(sweep), total=2, concurrent=2))
     check_whole(sweep, 2, 3)
@@ -167,10 +195,10 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
         "lost": (0.05, 0.5, signal.SIGTERM),
     }
     drivers, logs = {}, {}
-    for name, (epoch_seconds, silent_seconds, _) in cases.items():
+    for name, (epoch_seconds, answer_seconds, _) in cases.items():
         make_sweep(store, name, epochs=100_000, scheduler="none", tracking=f"sqlite:///{tmp_path / name}.db")
         shutil.copy(migrated_store, tmp_path / f"{name}.db")
-        command = [sys.executable, "-c", DRIVER, store.place, store.storage, name, epoch_seconds, silent_seconds, COMMAND]
+        command = [sys.executable, "-c", DRIVER, store.url, store.storage, name, epoch_seconds, answer_seconds, COMMAND]
         logs[name] = tmp_path / f"{name}.log"
         with logs[name].open("w") as log:
             drivers[name] = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, cwd=ROOT, text=True)
@@ -194,7 +222,7 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
     assert max(took.values()) < 11, took
     for name, lines in said.items():
         assert lines[-1] == COMMAND, lines
-        sweep = Sweep.find(PostgresStore(store.place, None), name)
+        sweep = Sweep.find(PostgresStore(store.url, None), name)
         with sweep.files.lock("x"):
             epochs = [record["epoch"] for record in sweep.files.lines("metrics.jsonl").read()]
         num_told = sum(line.startswith("epoch") for line in lines)
@@ -202,13 +230,13 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
         assert num_told <= len(epochs) <= num_told + 1, "the last one may have arrived after all"
 
 
-@pytest.mark.parametrize("silent_seconds", [30, 0.3], ids=["in a statement", "while it connects"])
+@pytest.mark.parametrize("answer_seconds", [30, 0.3], ids=["in a statement", "while it connects"])
 def test_in_a_hurry_nobody_waits_for_another_thread(
-    server: Postgres, monkeypatch: pytest.MonkeyPatch, silent_seconds: float
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, answer_seconds: float
 ) -> None:
     """Nor is a connection attempted, of which each would take seconds."""
-    monkeypatch.setattr(connection_module, "SILENT_SECONDS", silent_seconds)
-    monkeypatch.setattr(connection_module, "HURRIED_SECONDS", 0.5)
+    monkeypatch.setattr(connection_module, "ANSWER_SECONDS", answer_seconds)
+    monkeypatch.setattr(connection_module, "ENDING_SECONDS", 0.5)
     monkeypatch.setitem(database_module.CONNECT, "connect_timeout", 3)
     database = Database(server.new_database())
     assert database.select("select 1") == [(1,)]
@@ -221,7 +249,7 @@ def test_in_a_hurry_nobody_waits_for_another_thread(
         other = threading.Thread(target=wait_in_vain)
         other.start()
         time.sleep(1.2)
-        monkeypatch.setattr(connection_module.Connection, "connect", lambda *_, **__: pytest.fail("an attempt"))
+        monkeypatch.setattr(psycopg, "connect", lambda *_, **__: pytest.fail("an attempt"))
         began = time.monotonic()
         database.stop_waiting()
         for _ in range(5):

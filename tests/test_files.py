@@ -138,7 +138,7 @@ def test_a_look_at_a_sweep_needs_no_locks(number: int, tmp_path: Path, monkeypat
 def test_a_driver_without_locks_is_refused(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line names the folder and the way out, and nothing is left of the sweep."""
     said = refuse_locks(monkeypatch, number)
-    sweep = Sweep(tmp_path / "kept", make_spec({}), {})
+    sweep = Sweep(tmp_path / "kept", make_spec({}), {}, FolderStore(tmp_path).files("kept"))
     (tmp_path / "kept").mkdir()
     way_out = "give --storage a folder on another one, or --ledger a database"
     expected = f"the file system of {tmp_path} locks no files ({said}); {way_out}"

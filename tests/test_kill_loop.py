@@ -156,7 +156,7 @@ def kill_at(number: int, inside: bool) -> None:
     """From now on the process dies with its ``number``-th durable write: right after it, or with half of it on the disk."""
     from training import checkpoint
     from tune.store.journal import LineFile
-    from tune.store.postgres import DatabaseLines
+    from tune.store.postgresql.store import PostgresLines
 
     count, fsync = 0, os.fsync
 
@@ -192,7 +192,7 @@ def kill_at(number: int, inside: bool) -> None:
         fsync(descriptor)
 
     LineFile.append = counted(LineFile.append)  # type: ignore[method-assign]
-    DatabaseLines.append = unanswered(counted(DatabaseLines.append))  # type: ignore[method-assign]
+    PostgresLines.append = unanswered(counted(PostgresLines.append))  # type: ignore[method-assign]
     checkpoint.save = counted(checkpoint.save)
     os.fsync = torn
 

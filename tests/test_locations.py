@@ -19,7 +19,8 @@ from tune.report.tracking import artifacts_uri
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.spec import KEPT_CHECKPOINTS
-from tune.store.postgres import PostgresStore
+from tune.store.locate import open_store
+from tune.store.postgresql.store import PostgresStore
 
 SECRET = "correct-horse-battery"
 
@@ -55,13 +56,15 @@ def test_a_path_below_a_url() -> None:
         (f"abfs://container:{SECRET}@account.dfs.core.windows.net/runs", "abfs://account.dfs.core.windows.net/runs"),
         (f"abfss://container@account.dfs.core.windows.net/runs?client_secret={SECRET}", "abfss://account.dfs.core"),
         (f"abfss://container@account.dfs.core.windows.net/runs?sv=2020&SIG={SECRET}", "abfss://account.dfs.core"),
+        (f"s3://bucket/runs?client_secret={SECRET}@x", "s3://..."),
     ],
 )
 def test_credentials_in_a_url_are_refused(url: str, shown: str) -> None:
-    with pytest.raises(ValueError, match=f"'{shown}.*' is not allowed with credentials") as caught:
-        location(url)
+    with pytest.raises(ValueError, match=f"^--storage: '{shown}.*' is not allowed with credentials") as caught:
+        open_store(url, "postgresql://me@host/db")
     assert SECRET not in str(caught.value)
-    assert str(location("abfs://container@account.dfs.core.windows.net/runs")).startswith("abfs://container@account")
+    allowed = "abfs://container@account.dfs.core.windows.net/alice@corp/runs"
+    assert str(open_store(allowed, "postgresql://me@host/db").storage) == allowed
 
 
 def test_a_checkpoint_is_saved_replaced_and_loaded(store: Location) -> None:

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from hparams import Value
 from methods import METHODS
 from tests.sweeps import made_up
+from tune.search import quirks
 from tune.search.sampler import GroupedTPE
 from tune.search.space import Space
 from tune.spec import make_spec
@@ -20,7 +21,21 @@ from tune.spec import make_spec
 Sampler = Callable[[int], optuna.samplers.BaseSampler]
 
 
-def optunas(seed: int) -> optuna.samplers.BaseSampler:
+def test_optuna_has_what_the_quirk_needs() -> None:
+    """At the next upgrade: does ``TPESampler._sample_relative`` still sample as the public method, which leaves a note?"""
+    assert optuna.__version__ == quirks.VERSION
+    study = optuna.create_study()
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=12)
+    number, space = study.ask().number, {"x": optuna.distributions.FloatDistribution(0, 1)}
+    trial = study.get_trials()[number]
+    sampled = quirks.sample_without_note(optunas(1), study, trial, space)
+    assert study.get_trials()[number].system_attrs == trial.system_attrs
+    assert sampled == optunas(1).sample_relative(study, trial, space)
+    assert list(sampled) == ["x"]
+    assert study.get_trials()[number].system_attrs != trial.system_attrs, "the note"
+
+
+def optunas(seed: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 

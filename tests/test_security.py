@@ -51,6 +51,8 @@ def test_a_secret_in_the_environment_is_written_nowhere(faulty: FaultySweep, tmp
         "mysql+nodriver://user@127.0.0.1:{port}/x?passwd=hunter2",
         "mssql+pyodbc:///?odbc_connect=PWD%3Dhunter2",
         "https://hunter2@127.0.0.1:{port}",
+        "http://127.0.0.1:{port}/?hunter2",
+        "mysql+nodriver://user@127.0.0.1/x?passwd=a@hunter2",
         "http://127.0.0.1:{port}/?token=hunter2",
     ],
 )

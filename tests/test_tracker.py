@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -486,7 +487,7 @@ def test_resources_may_change_at_a_resume(storage: Path) -> None:
     sweep = start_sweep(storage)
     Projection(Ledger(sweep), tracking_uri(storage, ""))
     spec = {**sweep.spec.to_dict(), "concurrent": 2, "method": ("alr",)}
-    changed = Sweep(sweep.folder, type(sweep.spec)(**spec), sweep.provenance)
+    changed = dataclasses.replace(sweep, spec=type(sweep.spec)(**spec))
     Projection(Ledger(changed), tracking_uri(storage, "")).close(finished=False)
     assert read_store(storage)["parent"]["params"]["concurrent"] == "0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -214,7 +215,7 @@ def test_a_sweep_under_a_deleted_experiments_name_is_tracked(storage: Path, tmp_
     shutil.rmtree(storage / "first")
     sweep = start_sweep(storage, trials=3)
     provenance = {**sweep.provenance, "id": "another"}
-    Sweep(sweep.folder, sweep.spec, provenance).write()
+    dataclasses.replace(sweep, provenance=provenance).write()
     sweep = Sweep.find(storage, "first")
     play(Ledger(sweep), 3)
     said = resume(storage)

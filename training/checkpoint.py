@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.durable import write_whole
 from training.locations import Away, Location, Remote
 
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -28,33 +27,24 @@ class UnreadableCheckpoint(ValueError):
 
 
 def save(path: Location, state: dict[str, Any], *, read_back: bool = False) -> None:
-    """Writes ``state`` to ``path``: temporary file, fsync, rename; an object store's upload is whole or nothing by itself.
-    OSError where it is not taken.
+    """Replaces the checkpoint at ``path`` by ``state``, whole or not at all; an object store's upload is so by itself.
 
-    ``read_back`` loads the file again and raises :class:`UnreadableCheckpoint` if it cannot be, for a first save.
+    ``read_back`` loads the file again, for a first save. OSError where the storage does not take it;
+    :class:`UnreadableCheckpoint` where it cannot be loaded.
     """
     buffer = io.BytesIO()  # torch turns the OSError of a full disk into a RuntimeError
     torch.save(state, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(digest)
     if isinstance(path, Remote):
-        path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest())
+        path.write_bytes(buffer.getbuffer())
         if read_back:
             load(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        if read_back:
-            load(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    # Private: a trial that is taken for dead may yet write, while its successor does.
+    write_whole(path, buffer.getbuffer(), check=load if read_back else None, private=True)
 
 
 def load(path: Location, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -84,12 +74,3 @@ def _content(path: Location) -> bytes:
                 raise Away(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
             time.sleep(PAUSE)
     raise AssertionError
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

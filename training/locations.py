@@ -7,27 +7,8 @@ import shutil
 import uuid
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
-
-from errors import UserError
-
-AT = "an @ that ends no login is written %40"
-
-
-class Credentials(NamedTuple):
-    """Where a URL may hold some, and what may be shown of it."""
-
-    userinfo: str  # all before the last ``@``: readers differ on where it ends, and a password may hold anything
-    query: str
-    shown: str
-
-    @classmethod
-    def of(cls, url: str) -> Credentials:
-        scheme, _, rest = url.partition("://")
-        userinfo, _, place = rest.rpartition("@")
-        place, _, query = place.partition("?")
-        return cls(userinfo, query, f"{scheme}://{'...' if '?' in userinfo else place}")
+from typing import Any
+from urllib.parse import urlsplit
 
 
 class Away(OSError):
@@ -42,13 +23,8 @@ class Remote:
     """
 
     def __init__(self, url: str) -> None:
-        """ValueError where the URL is not readable or holds credentials."""
-        parts, (userinfo, query, shown) = urlsplit(url), Credentials.of(url)
-        container = parts.scheme in ("abfs", "abfss")  # theirs stands before the account's ``@``
-        has_user = "@" in parts.netloc and not container  # elsewhere it is part of a name, but for what a colon precedes
-        secrets = {name.lower() for name, _ in parse_qsl(query, keep_blank_values=True)} & {"client_secret", "sig"}
-        if has_user or ":" in userinfo or secrets:
-            raise UserError(f"{shown!r} is not allowed with credentials in the URL; they come from the environment")
+        """ValueError where the URL is not readable. Whether it holds a secret is checked where a user gives it."""
+        parts = urlsplit(url)
         self._root = f"{parts.scheme}://{parts.netloc}/"
         self._path = parts.path.strip("/")
         self._query = f"?{parts.query}" if parts.query else ""
@@ -91,7 +67,7 @@ class Remote:
         with store.open_input_file(path) as file:
             return bytes(file.read())
 
-    def write_bytes(self, content: bytes) -> None:
+    def write_bytes(self, content: bytes | memoryview) -> None:
         """The object is the old one or the new one: an upload counts when it is complete."""
         store, path = self._opened
         try:

@@ -18,22 +18,18 @@ from data.processors import num_processors
 from data.views import make_views
 from errors import UserError
 from models import make_model
-from training.locations import AT, Credentials, Location, check_writable
+from training.locations import Location, check_writable
 from tune.cluster.environment import short_folder
 from tune.cluster.nodes import address_of
 from tune.report.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
 from tune.search.space import Space
 from tune.spec import SweepSpec
+from tune.store.urls import AT_SIGN, HARMLESS_NAMES, read_url
 
 WEB = ("http", "https")
 FLAG = "--tracking"
 PATIENCE = 5  # seconds that a server gets to answer
 HTTP_LOGIN, HTTP_TOKEN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
-HARMLESS = {  # in the query of a database's URL, in small letters
-    *("application_name", "charset", "connect_timeout", "driver", "encrypt", "host", "options", "port", "service", "timeout"),
-    *("sslcert", "sslkey", "sslmode", "sslrootcert", "ssl_ca", "ssl_cert", "ssl_check_hostname", "ssl_key", "unix_socket"),
-    *("passfile", "target_session_attrs", "trusted_connection", "trustservercertificate", "user"),
-}
 COMPILE = """
 import sys, torch
 try:
@@ -128,13 +124,12 @@ def clean(uri: str, origin: str = FLAG) -> str:
             return absolute_sqlite_uri(uri)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
-    userinfo, query, shown = Credentials.of(uri)
-    names = {name.lower() for name, _ in urllib.parse.parse_qsl(query, keep_blank_values=True)}
-    if userinfo or query if kind in WEB else ":" in userinfo or not names <= HARMLESS:
+    has_user, has_password, query, shown = read_url(uri)
+    if has_user or has_password or query if kind in WEB else has_password or not query <= HARMLESS_NAMES:
         instead = HTTP_LOGIN if kind in WEB else "up an MLflow server in front of the database"
         instead = "PGPASSWORD, or use ~/.pgpass" if kind == "postgresql" else instead
         what = "a user, a query or a password" if kind in WEB else "a password, or a query that may be one"
-        raise UserError(f"{origin}: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT})")
+        raise UserError(f"{origin}: the URL of {shown!r} holds {what}; leave it out and set {instead} ({AT_SIGN})")
     if kind in WEB:
         try:
             host, _ = urllib.parse.urlsplit(uri).hostname, urllib.parse.urlsplit(uri).port

@@ -44,7 +44,7 @@ from tune.search.warm_start import WarmStart, warm_start
 from tune.spec import SweepSpec, check_trusted, make_spec, require_trusted
 from tune.store.base import DAMAGED, LOCK, NOISE, RECORD, SweepStore, already_running
 from tune.store.locate import as_store
-from tune.store.stored_sweep import Sweep, check_name, check_place
+from tune.store.stored_sweep import Sweep, check_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
@@ -118,8 +118,10 @@ def check_free(name: str, store: SweepStore, command: str) -> None:
     if store.files(name).running():
         raise already_running(name, store.files(name).read(LOCK) or "")
     if store.files(name).read(RECORD) is None:
-        raise UserError(f"sweep name {name!r} is taken in {store.place} by something that is no sweep; choose another one")
-    raise UserError(f"{store.taken(name)}; go on with: {command}")
+        raise UserError(
+            f"sweep name {name!r} is taken in {store.display_name} by something that is no sweep; choose another one"
+        )
+    raise UserError(f"{store.already_exists(name)}; go on with: {command}")
 
 
 def create(name: str, store: SweepStore, spec: SweepSpec, space: Space, dataset: Dataset, warm: WarmStart) -> Sweep:
@@ -159,7 +161,7 @@ def check_data(sweep: Sweep, spec: SweepSpec) -> None:
 def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outcome:
     """Goes on with a sweep: finishes it, extends it to a larger budget, or reports that nothing is left to do."""
     sweep = Sweep.find(store, name)
-    check_place(sweep, store)
+    sweep.check_storage()
     command = resume_command(sweep)
     before, now = sweep.provenance["commit"], _commit()
     if before != now and "unknown" not in (before, now):
@@ -203,7 +205,7 @@ def say_where_tracked(sweep: Sweep) -> None:
 def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) -> Outcome:
     """Trains the best configurations again, on the full budget, each with its own initialisation, order and noise per seed."""
     sweep = Sweep.find(store, name)
-    check_place(sweep, store)
+    sweep.check_storage()
     say_where_tracked(sweep)
     check_resources(sweep.spec)
     check_storage(sweep.storage)

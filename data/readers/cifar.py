@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.folders import alone
+from data.durable import lock_path
 from data.readers.base import TEST, TRAIN, Options, RawTable, Source, without_argument
 from errors import UserError
 
@@ -207,7 +207,7 @@ def _download(name: str, root: Path) -> None:
     folder = root / published.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(root / f".{name}.lock", f"another process fetches {name}"), TemporaryDirectory(dir=root) as scratch:
+        with lock_path(root / f".{name}.lock", f"another process fetches {name}"), TemporaryDirectory(dir=root) as scratch:
             if published.missing(folder):
                 download_and_extract_archive(known.url, str(root), scratch, known.filename, known.tgz_md5)
                 for path in (Path(scratch) / published.folder).iterdir():

@@ -261,5 +261,5 @@ def sweep_lines(store: SweepStore) -> list[str]:
         methods = ",".join(sweep.spec.method)
         lines.append([name, methods, sweep.spec.data, sweep.spec.noise, f"{num_done}/{sweep.spec.trials}", value])
     if not lines:
-        return [f"no sweeps in {store.place}"]
+        return [f"no sweeps in {store.display_name}"]
     return text_table(("sweep", "methods", "data", "noise", "trials", "best val"), lines).splitlines()

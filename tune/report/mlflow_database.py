@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.folders import alone
+from data.durable import lock_path
 from errors import UserError
 from tune.report.tracking import ARTIFACTS, DATABASE, quiet, sqlite_path, sqlite_uri
 
@@ -52,7 +52,7 @@ def prepare(path: Path, say: Say) -> None:
     if identity in _opened_before or not refusal(path):
         _opened_before.add(identity)
         return
-    with alone(Path(f"{path}.lock"), f"{path} is being mended"):
+    with lock_path(Path(f"{path}.lock"), f"{path} is being mended"):
         if reason := refusal(path):  # nobody has mended it meanwhile
             if time.time() - status.st_mtime < SETTLED:
                 raise Unusable(f"{path} cannot be opened ({reason}); it may be in the making")

@@ -61,7 +61,7 @@ class Ledger:
         self._ranked: list[Record] = []  # finished trials, best first
         self.lock = threading.RLock()  # the tracker reads from its own thread
         self.journal = Journal(sweep.files.lines("journal.log"))
-        storage = open_storage(self.journal)
+        self.storage = storage = open_storage(self.journal)
         names = {kind: name for kind in (SWEEP, RETRAIN) if (name := study_name(storage, kind))}
         self.kinds = set(names)  # that the journal holds
         if create and kind not in names:
@@ -70,6 +70,7 @@ class Ledger:
             raise UserError(f"sweep {sweep.name!r} has no study named {kind!r}; {other_studies(storage)}")
         self._unused = optuna.samplers.RandomSampler()  # between proposals: creating a trial then costs no proposal
         self.study = optuna.load_study(study_name=names.get(kind, kind), storage=storage, sampler=self._unused)
+        self._storage_ids: dict[int, int] = {}  # the storage's, by the numbers of trials that are not finished
         self._read()
 
     @property
@@ -110,7 +111,7 @@ class Ledger:
                 epoch = EpochRecord(line["epoch"], float(line["time"]), float(line["objective"]), dict(line["metrics"]))
                 record, _ = self.records.get(line["trial"]), float(epoch.metrics["seconds"])
             except (KeyError, TypeError, ValueError) as error:
-                place = f"{self.metrics.place}: line {self.metrics.line}"
+                place = f"{self.metrics.display_name}: line {self.metrics.line}"
                 raise DamagedFile(f"{place} is damaged; the file was left as it is") from error
             if record is None:
                 continue
@@ -123,16 +124,15 @@ class Ledger:
         if trial.state is TrialState.RUNNING and not self.read_only and not self.space.is_whole(trial.params):
             try:
                 self.study.sampler = self._sampler(trial)
-                self.space.suggest(optuna.Trial(self.study, trial._trial_id))
+                self.space.suggest(optuna.Trial(self.study, self._storage_id(trial.number)))
                 self.study.sampler = self._unused
             except ValueError as error:
                 raise self._damaged(trial) from error
-            trial = self.study._storage.get_trial(trial._trial_id)
+            trial = self.storage.get_trial(self._storage_id(trial.number))
         started = trial.datetime_start or trial.datetime_complete
         assert started is not None
         record = Record(
             trial.number,
-            trial._trial_id,
             trial.state,
             str(trial.params.get("method", self.sweep.spec.method[0])),
             lambda: self._values(trial),
@@ -166,7 +166,14 @@ class Ledger:
 
     def _damaged(self, trial: optuna.trial.FrozenTrial) -> DamagedFile:
         what = f"what it says of trial {trial.number} is damaged; the file was left as it is"
-        return DamagedFile(f"{self.journal.lines.place}: {what}")
+        return DamagedFile(f"{self.journal.lines.display_name}: {what}")
+
+    def _storage_id(self, number: int) -> int:
+        """The storage's own number of a trial, which its methods want."""
+        if number not in self._storage_ids:
+            study_id = self.storage.get_study_id_from_name(self.study.study_name)
+            self._storage_ids[number] = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._storage_ids[number]
 
     # -- proposing ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class Ledger:
 
     def ask(self) -> Record:
         """The next trial: an enqueued one first, else the sampler's proposal."""
-        return self._adopt(self.study._storage.get_trial(self.study.ask()._trial_id))
+        return self._adopt(self.storage.get_trial(self._storage_id(self.study.ask().number)))
 
     def count(self, *states: TrialState) -> int:
         return sum(self.states[state] for state in states)
@@ -233,7 +240,7 @@ class Ledger:
     def _set_objectives(self, record: Record, epochs: list[EpochRecord]) -> None:
         with self.journal.at_once():
             for epoch in epochs:
-                self.study._storage.set_trial_intermediate_value(record.trial_id, epoch.epoch, epoch.objective)
+                self.storage.set_trial_intermediate_value(self._storage_id(record.number), epoch.epoch, epoch.objective)
         for epoch in epochs:
             record.objectives[epoch.epoch] = epoch.objective
             record.epochs = max(record.epochs, epoch.epoch)
@@ -265,9 +272,10 @@ class Ledger:
             **{name: value for name, value in attrs.items() if value},
         }
         self._set_attr(record, "summary", summary)
-        trial = optuna.Trial(self.study, record.trial_id)  # by its number Optuna would look through all of them
+        storage_id = self._storage_id(record.number)
+        trial = optuna.Trial(self.study, storage_id)  # by its number Optuna would look through all of them
         self.study.tell(trial, values=values, state=state)
-        ended = self.study._storage.get_trial(record.trial_id).datetime_complete
+        ended = self.storage.get_trial(storage_id).datetime_complete
         assert ended is not None
         with self.lock:
             self.states[record.state] -= 1
@@ -291,7 +299,7 @@ class Ledger:
     def _set_attr(self, record: Record, key: str, value: Any) -> None:
         if record.attrs.get(key) == value:
             return  # from before a kill; a driver that is killed after every single write gets ahead all the same
-        self.study._storage.set_trial_user_attr(record.trial_id, key, value)
+        self.storage.set_trial_user_attr(self._storage_id(record.number), key, value)
         record.attrs[key] = value
 
     # -- reading ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ class Record:
     """One trial as the driver keeps it: identity, configuration, and how far it is. Values by epoch are the objective."""
 
     number: int
-    trial_id: int
     state: TrialState
     method: str
     read_values: Callable[[], dict[str, Value]] = field(repr=False, compare=False)

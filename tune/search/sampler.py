@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 
+from tune.search.quirks import sample_without_note
 from tune.search.space import Space
 
 
@@ -34,12 +35,12 @@ class GroupedTPE(optuna.samplers.TPESampler):
     def sample_relative(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Without Optuna's note of the whole proposal for other processes: there is one driver, and the note is a write."""
+        """Samples the group of all methods, then the groups of the method that was drawn."""
         params: dict[str, Any] = {}
         for methods, group in self.space.groups:
             method = trial.params.get("method", params.get("method", self.space.methods[0]))
             if method in methods:
-                params |= self._sample_relative(study, trial, group)
+                params |= sample_without_note(self, study, trial, group)
         return params
 
 

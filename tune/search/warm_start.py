@@ -59,8 +59,8 @@ def _find(old: str, store: SweepStore) -> Sweep:
     folder = Path(old).resolve()
     if (folder / RECORD).is_file():
         return Sweep.find(FolderStore(folder.parent), folder.name)
-    names = ", ".join(store.names()) or "none"
-    raise UserError(f"--from: {old!r} is no sweep in {store.place} and no folder of one; there are: {names}")
+    known = ", ".join(store.names()) or "none"
+    raise UserError(f"--from: {old!r} is no sweep in {store.display_name} and no folder of one; there are: {known}")
 
 
 def _translated(record: Record, old: Space, new: Space, spec: SweepSpec, num_classes: int) -> tuple[dict[str, Value], str]:

@@ -1,7 +1,8 @@
-"""The small files of a sweep, and where sweeps live: in folders, or in a database (``tune/store/postgres.py``).
+"""The interface of a store of sweeps: a folder (``folder.py``) or a PostgreSQL database (``postgresql/``).
 
-Everything that a sweep keeps beside its checkpoints goes by the name that it has in a folder (``metrics.jsonl``), wherever it
-is kept: append-only files of records, texts that are there whole or not at all, who runs the sweep, and the wish that it stops.
+A store holds everything of a sweep but its checkpoints. Its files go by the names that they have in a folder, wherever they are
+kept. They are append-only files of records (``metrics.jsonl``), texts that are there whole or not at all (``sweep.yaml``), the
+lock of the driver, and the request that it stops.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from training.locations import Location
 from tune.store.journal import Lines
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RECORD = "sweep.yaml"  # what was asked for; a sweep is there when this is
-NOISE = "noise.json"  # rate, matrix and checksum of the noise that the labels hold, where the clean ones are known
+RECORD = "sweep.yaml"  # the spec and its provenance; a sweep exists when this file does
+NOISE = "noise.json"  # rate, matrix and checksum of the noise of the labels, where the clean ones are known
 DAMAGED = "damaged.txt"  # images that are left out, with the reason
-LOCK = "driver.lock"  # who runs the sweep, and which command goes on with what it does
-STOP_REQUEST = "stop"  # by which another process asks the driver to stop
-PROBE = ".probe"  # in the sweep's folder, while a cluster's nodes are asked whether they see it
-STALE_SECONDS = 60  # longer than a folder that is being made goes without its lock
+LOCK = "driver.lock"  # names the driver, and the command that goes on with its work
+STOP_REQUEST = "stop"  # another process asks the driver to stop by it
+PROBE = ".probe"  # lies in the sweep's folder while the nodes of a cluster are asked whether they see it
+STALE_SECONDS = 60  # a folder that is being made gets its lock sooner than that
 
 
 class StorageUnavailable(OSError):
-    """What holds the files is gone, and was waited for in vain; or another process has taken the sweep meanwhile."""
+    """The store is out of reach and was waited for in vain, or another process has taken the sweep in the meantime."""
 
 
 class Flag(Protocol):
-    """Something that is there or not, in pathlib's words."""
+    """A file that matters only by being there, with pathlib's methods."""
 
     def exists(self) -> bool: ...
 
@@ -43,22 +44,22 @@ class Flag(Protocol):
 
 
 class SweepFiles(ABC):
-    """The files of one sweep. Writing raises OSError where what holds them does not take it."""
+    """The files of one sweep. Writing raises OSError where the store does not take it."""
 
     store: SweepStore
     stop_request: Flag
 
     @abstractmethod
-    def place(self, name: str) -> str:
-        """Where a file is, for messages."""
+    def display_name(self, name: str) -> str:
+        """What messages call a file: its path, or its name and the database."""
 
     @abstractmethod
     def lines(self, name: str, *, fsync: bool = True) -> Lines:
-        """An append-only file, from its beginning."""
+        """An append-only file, to be read from its beginning. Without ``fsync`` a power cut may cost the last records."""
 
     @abstractmethod
     def read(self, name: str) -> str | None:
-        """A text; None where there is none."""
+        """The text of a file; None where there is no such file."""
 
     @abstractmethod
     def write(self, name: str, text: str) -> None:
@@ -66,57 +67,61 @@ class SweepFiles(ABC):
 
     @abstractmethod
     def add_part(self, name: str) -> None:
-        """Makes room for files whose names begin with ``name/``."""
+        """Prepares the store for files whose names begin with ``name/``."""
 
     @abstractmethod
     def lock(self, command: str) -> AbstractContextManager[None]:
-        """Holds the sweep for this process; a dead one holds nothing. ValueError names the process that has it."""
+        """Makes this process the driver of the sweep, until the block or the process ends. ``command`` is noted as the one that
+        goes on with the work. ValueError names the process that is the driver already."""
 
     @abstractmethod
     def running(self) -> bool:
-        """Whether a process holds the sweep."""
+        """Whether the sweep has a driver."""
 
     @abstractmethod
     def stop_waiting(self) -> None:
-        """From now on what holds the files is not waited for where it is gone."""
+        """Makes what would have to wait for the store raise OSError from now on, since a driver that ends has no time for it.
+        Any thread may call this."""
 
     def command(self) -> str:
-        """The command that goes on with what the driver does, or did last; empty where none was noted."""
+        """The command that goes on with the work of the driver, or of the last one; empty where none was noted."""
         return "".join((self.read(LOCK) or "").splitlines()[1:2])
 
 
 class SweepStore(ABC):
-    """Where sweeps are kept.
+    """A place where sweeps are kept.
 
-    ``place`` is its name for people. ``flags`` are the flags of a command line that finds it. ``requested`` is what
-    ``--storage`` said, where a sweep's own record says it as well.
+    ``display_name`` is what messages call it. ``flags`` are the flags of a command line that finds it.
     """
 
-    place: str
+    display_name: str
     flags: list[str]
-    requested: Location | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a sweep's record has to note, so that it is found again."""
+        """The fields that the record of a new sweep needs for its checkpoints to be found again."""
         return {}
 
     @property
     @abstractmethod
     def storage(self) -> Location:
-        """Where a new sweep's checkpoints go, in a folder of its name."""
+        """The place of a new sweep's checkpoints, which get a folder of its name there."""
 
     @abstractmethod
     def folder(self, name: str, provenance: Mapping[str, Any]) -> Location:
-        """Where the checkpoints of a sweep are."""
+        """The folder of a sweep's checkpoints, by the provenance in its record."""
+
+    @abstractmethod
+    def check_storage(self, name: str, storage: Location) -> None:
+        """ValueError where the user names another storage than the one that has the sweep's checkpoints."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The sweeps, by name."""
+        """The names of all sweeps, sorted."""
 
     @abstractmethod
     def files(self, name: str) -> SweepFiles:
-        """The files of a sweep, whether it is there or not."""
+        """The files of a sweep, whether it exists or not."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -124,14 +129,15 @@ class SweepStore(ABC):
 
     @abstractmethod
     def create(self, name: str) -> AbstractContextManager[tuple[Location, SweepFiles]]:
-        """Makes a sweep: it is there when the block ends well, and otherwise there is nothing. ValueError where it exists."""
+        """Makes a sweep, which exists when the block ends well; otherwise nothing is left. Yields its folder for checkpoints
+        and its files. ValueError where the sweep exists already."""
 
-    def taken(self, name: str) -> UserError:
-        return UserError(f"sweep {name!r} exists in {self.place}")
+    def already_exists(self, name: str) -> UserError:
+        return UserError(f"sweep {name!r} exists in {self.display_name}")
 
 
-def holder(command: str) -> str:
-    """What the driver notes about itself."""
+def driver_note(command: str) -> str:
+    """The text of the lock file of a driver."""
     return f"process {os.getpid()} on {socket.gethostname()}\n{command}\n"
 
 

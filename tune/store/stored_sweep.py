@@ -1,4 +1,4 @@
-"""A sweep as it is kept: what was asked for, what that was made with, and where its files are."""
+"""A sweep as a store keeps it: its spec, its provenance, and where its files are."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from errors import UserError
 from training.locations import Location
 from tune.spec import BEFORE, SweepSpec, make_spec, read_field, set_before
 from tune.store.base import NAME, RECORD, SweepFiles, SweepStore
-from tune.store.folder import FolderFiles, FolderStore
+from tune.store.folder import FolderStore
 from tune.store.locate import as_store
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as it is kept: where its checkpoints are, what was asked for, what that was made with, and its files."""
+    """A stored sweep: the folder of its checkpoints, its spec, what it was made with, and its other files."""
 
     folder: Location
     spec: SweepSpec
     provenance: Mapping[str, Any]
-    stored_files: SweepFiles | None = field(default=None, compare=False)  # None: in the folder
+    files: SweepFiles = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -35,12 +35,9 @@ class Sweep:
     def storage(self) -> Location:
         return self.folder.parent
 
-    @property
-    def files(self) -> SweepFiles:
-        if self.stored_files:
-            return self.stored_files
-        assert isinstance(self.folder, Path), "an object store holds checkpoints only"
-        return FolderFiles(self.folder)
+    def check_storage(self) -> None:
+        """ValueError where the user names another storage than the one that has the sweep's checkpoints."""
+        self.files.store.check_storage(self.name, self.storage)
 
     def write(self) -> None:
         """Writes ``sweep.yaml``, whole or not at all."""
@@ -49,11 +46,12 @@ class Sweep:
 
     @classmethod
     def find(cls, store: Path | SweepStore, name: str) -> Sweep:
-        """The sweep of that name. ValueError where there is none, or its record is damaged."""
+        """Opens the sweep of that name. ValueError where there is none, or its record is damaged."""
         return cls._open(as_store(store), check_name(name))
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
+        """Opens the sweep in a folder."""
         return cls._open(FolderStore(folder.parent), folder.name)
 
     @classmethod
@@ -62,30 +60,24 @@ class Sweep:
         try:
             text = files.read(RECORD)
             if text is None:
-                raise UserError(f"no sweep {name!r} in {store.place}; there are: {', '.join(store.names()) or 'none'}")
+                raise UserError(f"no sweep {name!r} in {store.display_name}; there are: {', '.join(store.names()) or 'none'}")
             content = yaml.safe_load(text)
             fields = ((name, value) for name, value in content["spec"].items() if value != "")
-            read = {name: read_field(name, value, stored=True) for name, value in fields}
+            values = {name: read_field(name, value, stored=True) for name, value in fields}
             if "split" not in content["spec"]:
-                read["set"] = set_before(read)
-            spec = make_spec(BEFORE | read, stored=True)
+                values["set"] = set_before(values)
+            spec = make_spec(BEFORE | values, stored=True)
             provenance = content["provenance"]
             if not NAME.fullmatch(provenance["id"]):  # it stands in MLflow's filters, between quotes
-                raise UserError(f"{files.place(RECORD)} is damaged: {provenance['id']!r} is no id")
+                raise UserError(f"{files.display_name(RECORD)} is damaged: {provenance['id']!r} is no id")
             return cls(store.folder(name, provenance), spec, provenance, files)
         except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise UserError(f"{files.place(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
-
-
-def check_place(sweep: Sweep, store: Path | SweepStore) -> None:
-    """ValueError where ``--storage`` names another place than that of the sweep's checkpoints."""
-    asked = as_store(store).requested
-    if asked not in (None, sweep.storage):
-        raise UserError(f"--storage: sweep {sweep.name!r} keeps its checkpoints in {sweep.storage}, not in {asked}")
+            raise UserError(f"{files.display_name(RECORD)} is damaged: {json.dumps(' '.join(str(error).split()))}") from error
 
 
 def check_name(name: str) -> str:
-    """ValueError where ``name`` could leave the storage folder, be a nuisance in a shell, or is MLflow's there."""
+    """Returns the name of a sweep. ValueError where it could leave the storage folder, needs quotes in a shell, or names a file
+    that MLflow has there."""
     if not NAME.fullmatch(name):
         raise UserError(f"sweep name {name!r} is not allowed; use letters, digits, '.', '_' and '-', no sign first")
     if name == "mlartifacts" or name.startswith("mlflow.db"):
