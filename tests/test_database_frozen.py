@@ -44,7 +44,7 @@ from tune.sweep import execute
 
 url, storage, name, epoch_seconds, silent_seconds, command = sys.argv[1:]
 
-def run(coordinator, spec, interruption, say):
+def run(coordinator, spec, interruption, say, address):
     coordinator.concurrent = 1
     with contextlib.suppress(KeyboardInterrupt):
         coordinator.next("a")

@@ -122,7 +122,8 @@ def launch(
     tracking, origin = launch_tracking(spec.tracking)
     spec = dataclasses.replace(spec, tracking=tracking)
     space = Space(spec)
-    check_resources(spec)
+    address = address_of(spec)
+    check_resources(spec, address)
     check_trusted(spec)
     check_storage(store.storage)
     check_tracking(tracking_uri(store.storage, spec.tracking), origin)
@@ -130,9 +131,9 @@ def launch(
     warm = WarmStart([], [], {}) if old is None else warm_start(old, store, spec, space, dataset.num_classes)
     check_network(spec, dataset)
     check_views(space, dataset)
-    if not address_of(spec):
+    if not address:
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
-    idle_gpus = 0 if spec.gpus_per_trial or address_of(spec) else num_gpus()
+    idle_gpus = 0 if spec.gpus_per_trial or address else num_gpus()
     for line in [*describe(spec, space, dataset, idle_gpus), *warm.lines]:
         print(line)
     if origin == VARIABLE:
@@ -141,8 +142,8 @@ def launch(
         return Outcome(0)
     with store.create(name) as (folder, files):
         sweep = Sweep(folder, spec, _provenance(dataset) | store.provenance | warm.provenance, files)
-        if address_of(spec):
-            executor.check_cluster(sweep)
+        if address:
+            executor.check_cluster(sweep, address)
         ledger = Ledger(sweep, create=True)
         for params in warm.params:
             ledger.enqueue(params)
@@ -159,7 +160,7 @@ def launch(
         sweep.write()
     sweep = Sweep.find(store, name)
     with sweep.files.lock(command):
-        return execute(sweep, SWEEP, command)
+        return execute(sweep, SWEEP, command, address)
 
 
 def check_data(sweep: Sweep, spec: SweepSpec) -> None:
@@ -181,7 +182,8 @@ def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outc
     spec = make_spec({**vars(sweep.spec), **changes, "tracking": tracking}, stored=True)
     if "tracking" not in changes:
         say_where_tracked(sweep)
-    check_resources(spec)
+    address = address_of(spec)
+    check_resources(spec, address)
     check_storage(sweep.storage)
     check_data(sweep, spec)
     if spec.trials < sweep.spec.trials:
@@ -197,7 +199,7 @@ def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outc
         if changes:
             changed.write()
         try:
-            return execute(changed, SWEEP, command)
+            return execute(changed, SWEEP, command, address)
         except ValueError:  # what is refused, a cluster that is not there, is not kept for the next time
             if changes:
                 sweep.write()
@@ -217,7 +219,8 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
     sweep = Sweep.find(store, name)
     check_place(sweep, store)
     say_where_tracked(sweep)
-    check_resources(sweep.spec)
+    address = address_of(sweep.spec)
+    check_resources(sweep.spec, address)
     check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
     best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
@@ -230,7 +233,7 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
         sweep.files.add_part(RETRAIN)
         ledger = Ledger(sweep, RETRAIN, create=True)
         enqueue_retraining(ledger, best, num_seeds)
-        return execute(sweep, RETRAIN, command)
+        return execute(sweep, RETRAIN, command, address)
 
 
 def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:
@@ -273,9 +276,10 @@ def stop(name: str, store: Path | SweepStore, patience: float = 60.0) -> int:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def execute(sweep: Sweep, kind: str, command: str) -> Outcome:
-    """Runs what is left of a study, under the caller's lock; ``command`` goes on with it. The exit code is 0, 1 where the sweep
-    stopped itself or a retraining is incomplete, 128 and the signal's number where it was interrupted."""
+def execute(sweep: Sweep, kind: str, command: str, address: str = "") -> Outcome:
+    """Runs what is left of a study on the Ray cluster at ``address``, or on this machine alone, under the caller's lock;
+    ``command`` goes on with it. The exit code is 0, 1 where the sweep stopped itself or a retraining is incomplete, 128 and the
+    signal's number where it was interrupted."""
     ledger = Ledger(sweep, kind)
     uri = tracking_uri(sweep.storage, sweep.spec.tracking)
     with Display(ledger, ledger.total) as display:
@@ -310,7 +314,7 @@ def execute(sweep: Sweep, kind: str, command: str) -> Outcome:
         with contextlib.suppress(KeyboardInterrupt), interruption:
             try:
                 if not idle:
-                    executor.run(coordinator, sweep.spec, interruption, display.line)
+                    executor.run(coordinator, sweep.spec, interruption, display.line, address)
             finally:
                 interruption.stop_timer()
                 if interruption.signal or coordinator.problem:  # which may be that they are away, and were waited for
