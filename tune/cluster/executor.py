@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,7 @@ def run(
         if line := choose_folder():
             say(line)
     own_ray = OwnRay()
+    threading.Thread(target=_import_tune, name="import-tune", daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             interruption.why_ray_died = (lambda: "") if address else own_ray.why_died
@@ -103,6 +105,11 @@ def run(
         interruption.why_ray_died = lambda: ""
         shut_down()
         interruption.listen()
+
+
+def _import_tune() -> None:
+    """Imports Tune, which takes seconds, while the main thread waits for Ray's processes."""
+    import ray.tune  # noqa: F401
 
 
 class OwnRay:
