@@ -319,7 +319,7 @@ def execute(sweep: Sweep, kind: str, command: str, address: str = "") -> Outcome
                 interruption.stop_timer()
                 if interruption.signal or coordinator.problem:  # which may be that they are away, and were waited for
                     sweep.files.stop_waiting()
-                close_trackers(interruption.left())
+                close_trackers(interruption.seconds_left())
     if kind == SWEEP and (best := ledger.best()):
         try:
             sweep.files.write("best_config.yaml", best_config_text(ledger, best))

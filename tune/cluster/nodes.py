@@ -72,7 +72,7 @@ def how_many(have: float, need: float) -> int:
 
 
 def living_nodes() -> dict[str, dict[str, Any]]:
-    """What Ray says of each node that is alive, by its id."""
+    """Ray's record of each node that is alive, by its id."""
     import ray
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ def capacity(spec: SweepSpec) -> int:
 
 
 class Nodes:
-    """Follows a cluster. A node counts once a question to it was answered: does it see the sweep's folder and the data?"""
+    """Follows the nodes of a cluster. A node counts once a task there has seen the sweep's folder and the data."""
 
     def __init__(self, sweep: Sweep, spec: SweepSpec) -> None:
         self.sweep = sweep
