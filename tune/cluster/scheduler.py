@@ -54,7 +54,7 @@ class LedgerScheduler(FIFOScheduler):
 
 
 def loss_reason(error: str) -> str:
-    """Why a process ended: Ray's text without its date, and a last line that sums it up. ``error``: the file that Tune wrote."""
+    """Why a process ended: Ray's text without its date, and a line that sums it up. ``error``: the file that Tune wrote."""
     details = error.partition("\n")[2].strip()
     lines = [line for line in details.splitlines() if line and not line.startswith(("\t", "The actor died unexpectedly"))]
     if not lines:
