@@ -86,7 +86,7 @@ def test_set_sigterm_handler() -> None:
 
 def test_ray_params() -> None:
     assert "RayParams" in names_in(ray.init)
-    ports = {"metrics_agent_port": 1025, "metrics_export_port": 1026}
+    ports = {"metrics_agent_port": 1025, "metrics_export_port": 1026, "dashboard_agent_listen_port": 1027}
     with quirks.ports_of_agents(ports):
         parameters = parameter.RayParams(num_cpus=3, metrics_export_port=None)  # as ``ray.init`` makes them
     assert (parameters.num_cpus, parameters.metrics_agent_port, parameters.metrics_export_port) == (3, 1025, 1026)

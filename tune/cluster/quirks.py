@@ -11,6 +11,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,18 +59,29 @@ def sigterm_handler_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ports_of_agents(ports: Mapping[str, int]) -> Iterator[None]:
-    """A node manager whose agents choose their ports itself waits 15 s for each of them to be written to a file, and aborts
-    where one is later, as on a busy machine. Where it is told the ports it does not wait. ``ray start`` has flags for them,
-    ``ray.init`` has none. The one of the agent's HTTP server is 52365 otherwise, for which two Rays on a machine compete.
+    """A node manager waits 15 s for each port of its agents that it is not told, and aborts where one is later, as on a busy
+    machine. ``ray.init`` has no parameters for these ports. That of the agent's HTTP server, 52365, for which two Rays on a
+    machine compete, Ray does not tell its node manager at all, which has a flag for it.
 
-    ``ports``: by their names in ``ray._private.parameter.RayParams``, which is replaced while Ray starts.
+    Replaces ``ray._private.parameter.RayParams`` and ``ray._private.services.ConsolePopen`` while Ray starts. ``ports``: by
+    their names in RayParams.
     """
-    from ray._private import parameter
+    from ray._private import parameter, services
 
     parameters: Any = parameter.RayParams
     for name in ports:
         _check(parameters(), name)
-    with _replaced(parameter, "RayParams", lambda **given: parameters(**given | ports)):
+    _check(services, "ConsolePopen")
+    popen: Any = services.ConsolePopen
+    flag = f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"
+
+    def start(command: list[str], **options: Any) -> Any:
+        return popen([*command, flag] if Path(command[0]).name == "raylet" else command, **options)
+
+    with (
+        _replaced(parameter, "RayParams", lambda **given: parameters(**given | ports)),
+        _replaced(services, "ConsolePopen", start),
+    ):
         yield
 
 
