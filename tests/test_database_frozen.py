@@ -45,7 +45,7 @@ from tune.execution import execute
 
 url, storage, name, epoch_seconds, answer_seconds, command = sys.argv[1:]
 
-def run(coordinator, spec, interruption, say):
+def run(coordinator, spec, interruption, say, address):
     coordinator.concurrent = 1
     with contextlib.suppress(KeyboardInterrupt):
         coordinator.next("a")

@@ -31,7 +31,7 @@ from tune.search.ledger import SWEEP
 from tune.store.stored_sweep import Sweep
 from tune.execution import execute
 
-def run(coordinator, spec, interruption, say):
+def run(coordinator, spec, interruption, say, address):
     if sys.argv[2] == "gone":
         interruption.why_ray_died = lambda: "Ray on this machine has ended"
     Path(sys.argv[1], "stuck").touch()

@@ -20,7 +20,6 @@ from errors import UserError
 from models import make_model
 from training.locations import Location, check_writable
 from tune.cluster.environment import short_folder
-from tune.cluster.nodes import address_of
 from tune.report.tracking import VARIABLE, absolute_sqlite_uri, kind_of, quiet, sqlite_path
 from tune.search.space import Space
 from tune.spec import SweepSpec
@@ -54,10 +53,10 @@ def check_storage(storage: Location) -> None:
         raise UserError(f"storage {str(storage)!r} cannot be written: {getattr(error, 'strerror', '') or error}") from error
 
 
-def check_resources(spec: SweepSpec) -> None:
-    """UserError where a trial asks for more than this machine has, or Ray has no place for its sockets here. A cluster is
-    asked when it is connected to."""
-    if address_of(spec):
+def check_resources(spec: SweepSpec, address: str = "") -> None:
+    """UserError where a trial asks for more than this machine has, or Ray has no place for its sockets here. The cluster at
+    ``address`` is asked when it is joined."""
+    if address:
         return
     if spec.cpus_per_trial > (allowed := num_processors()):
         there = f"this process may use {allowed} of the machine's {os.cpu_count()} CPUs"

@@ -43,8 +43,8 @@ def tell(text: str, file: TextIO) -> None:
         print(text, file=file, flush=True)
 
 
-def execute(sweep: Sweep, kind: str, command: str, space: Space | None = None) -> Outcome:
-    """Runs what is left of a study, under the caller's lock.
+def execute(sweep: Sweep, kind: str, command: str, address: str = "", space: Space | None = None) -> Outcome:
+    """Runs what is left of a study on the Ray cluster at ``address``, or on this machine alone, under the caller's lock.
 
     ``command`` goes on with the study. ``space`` is the sweep's, where the caller has resolved it. The exit code is 0; 1 where
     the sweep stopped itself or a retraining is incomplete; 128 and the signal's number where it was interrupted.
@@ -76,12 +76,12 @@ def execute(sweep: Sweep, kind: str, command: str, space: Space | None = None) -
         with contextlib.suppress(KeyboardInterrupt), interruption:
             try:
                 if not idle:
-                    executor.run(coordinator, sweep.spec, interruption, display.line)
+                    executor.run(coordinator, sweep.spec, interruption, display.line, address)
             finally:
                 interruption.stop_timer()
                 if interruption.signal or coordinator.problem:  # which may be that they are away, and were waited for
                     sweep.files.stop_waiting()
-                close_trackers(trackers, coordinator, within=interruption.left())
+                close_trackers(trackers, coordinator, within=interruption.seconds_left())
     if kind == SWEEP and (best := ledger.best()):
         try:
             sweep.files.write("best_config.yaml", best_config_text(ledger, best))

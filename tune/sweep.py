@@ -89,7 +89,8 @@ def launch(
     tracking, origin = launch_tracking(spec.tracking)
     spec = dataclasses.replace(spec, tracking=tracking)
     space = Space(spec)
-    check_resources(spec)
+    address = address_of(spec)
+    check_resources(spec, address)
     check_trusted(spec)
     check_storage(store.storage)
     check_tracking(tracking_uri(store.storage, spec.tracking), origin)
@@ -97,18 +98,18 @@ def launch(
     warm = WarmStart([], [], {}) if old is None else warm_start(old, store, spec, space, dataset.num_classes)
     check_network(spec, dataset)
     check_views(space, dataset)
-    if not address_of(spec):
+    if not address:
         check_compiler(spec.compile, "cuda" if spec.gpus_per_trial else "cpu")
-    idle_gpus = 0 if spec.gpus_per_trial or address_of(spec) else num_gpus()
+    idle_gpus = 0 if spec.gpus_per_trial or address else num_gpus()
     for line in [*describe(spec, space, dataset, idle_gpus), *warm.lines]:
         print(line)
     if origin == VARIABLE:
         print(f"MLflow's runs go to {tracking}, as {VARIABLE} says; {FLAG} would win over it")
     if dry_run:
         return Outcome(0)
-    sweep = create(name, store, spec, space, dataset, warm)
+    sweep = create(name, store, spec, space, dataset, warm, address)
     with sweep.files.lock(command):
-        return execute(sweep, SWEEP, command, space)
+        return execute(sweep, SWEEP, command, address, space)
 
 
 def check_free(name: str, store: SweepStore, command: str) -> None:
@@ -124,7 +125,9 @@ def check_free(name: str, store: SweepStore, command: str) -> None:
     raise UserError(f"{store.already_exists(name)}; go on with: {command}")
 
 
-def create(name: str, store: SweepStore, spec: SweepSpec, space: Space, dataset: Dataset, warm: WarmStart) -> Sweep:
+def create(
+    name: str, store: SweepStore, spec: SweepSpec, space: Space, dataset: Dataset, warm: WarmStart, address: str
+) -> Sweep:
     """Writes a new sweep, whole or not at all: its record, and its study with the first trials in its queue.
 
     Configurations of an earlier sweep come first, then each method's published one, moved into its range with a line.
@@ -132,8 +135,8 @@ def create(name: str, store: SweepStore, spec: SweepSpec, space: Space, dataset:
     provenance = _provenance(dataset) | store.provenance | warm.provenance
     with store.create(name) as (folder, files):
         sweep = Sweep(folder, spec, provenance, files)
-        if address_of(spec):
-            executor.check_cluster(sweep)
+        if address:
+            executor.check_cluster(sweep, address)
         ledger = Ledger(sweep, space=space, create=True)
         for params in warm.params:
             ledger.enqueue(params)
@@ -171,7 +174,8 @@ def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outc
     require_trusted(spec)
     if "tracking" not in changes:
         say_where_tracked(sweep)
-    check_resources(spec)
+    address = address_of(spec)
+    check_resources(spec, address)
     check_storage(sweep.storage)
     check_data(sweep, spec)
     if spec.trials < sweep.spec.trials:
@@ -187,7 +191,7 @@ def resume(name: str, store: Path | SweepStore, changes: dict[str, Any]) -> Outc
         if changes:
             changed.write()
         try:
-            return execute(changed, SWEEP, command)
+            return execute(changed, SWEEP, command, address)
         except ValueError:  # what is refused, a cluster that is not there, is not kept for the next time
             if changes:
                 sweep.write()
@@ -207,7 +211,8 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
     sweep = Sweep.find(store, name)
     sweep.check_storage()
     say_where_tracked(sweep)
-    check_resources(sweep.spec)
+    address = address_of(sweep.spec)
+    check_resources(sweep.spec, address)
     check_storage(sweep.storage)
     searched = Ledger(sweep, read_only=True)
     best = [record for record in searched.leaderboard() if record.state is TrialState.COMPLETE][:top]
@@ -220,7 +225,7 @@ def retrain(name: str, store: Path | SweepStore, *, top: int, num_seeds: int) ->
         sweep.files.add_part(RETRAIN)
         ledger = Ledger(sweep, RETRAIN, create=True)
         enqueue_retraining(ledger, best, num_seeds)
-        return execute(sweep, RETRAIN, command)
+        return execute(sweep, RETRAIN, command, address)
 
 
 def enqueue_retraining(ledger: Ledger, best: list[Record], num_seeds: int) -> None:

@@ -1,10 +1,12 @@
-"""What a Ray of our own needs of its environment: a folder with short paths, and a token that is kept somewhere."""
+"""What Ray needs of its environment: a folder with short paths, a token, ports, and the time that a busy machine takes."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from errors import UserError
@@ -12,6 +14,13 @@ from errors import UserError
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # that the path of a Unix socket may take
 SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"  # below Ray's folder, at its longest
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+PATIENCE = {  # what Ray waits for while it starts; its own limits, 10 to 60 s, are passed on a busy machine
+    "RAY_gcs_server_port_wait_time_s": "120",  # the control service
+    "RAY_raylet_start_wait_time_s": "120",  # the node manager
+    "RAY_agent_register_timeout_ms": "300000",  # the agent that prepares the environments of workers
+    "RAY_worker_register_timeout_seconds": "300",
+}
 
 
 def short_folder() -> tuple[str, str]:
@@ -34,6 +43,19 @@ def short_folder() -> tuple[str, str]:
     return short, f"{long}; they are kept in {short} (RAY_TMPDIR names another folder)"
 
 
+def be_patient() -> None:
+    """Has Ray wait longer for its own processes, where the user has set no other limits."""
+    for name, limit in PATIENCE.items():
+        os.environ.setdefault(name, limit)
+
+
+def free_ports() -> dict[str, int]:
+    """Ports on the loopback address for the agents of a Ray of our own, all of them different, by their names in Ray."""
+    with ExitStack() as open_sockets:
+        sockets = {name: open_sockets.enter_context(socket.create_server(("127.0.0.1", 0))) for name in AGENT_PORTS}
+        return {name: server.getsockname()[1] for name, server in sockets.items()}
+
+
 def choose_folder() -> str:
     """Has Ray use the short folder; returns the line for the user."""
     folder, line = short_folder()
@@ -54,3 +76,17 @@ def choose_token() -> None:
         usable = False
     if not usable:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def token_source() -> str:
+    """Where Ray finds the token that a cluster is shown: ``RAY_AUTH_TOKEN``, or the path of a file. Empty without a token."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return str(path) if path.is_file() and path.stat().st_size else ""
+
+
+def show_token() -> None:
+    """Has Ray show the token to the cluster that is joined, as it does by itself only for the address ``auto``."""
+    if token_source():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

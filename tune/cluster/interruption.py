@@ -47,7 +47,7 @@ class Interruption:
         self.limit = math.inf  # on the monotonic clock, for the main thread to come out of Ray
         self._handled = False
         self._timer_stopped = False
-        self._over = threading.Event()
+        self._closed = threading.Event()
 
     def __enter__(self) -> Interruption:
         self.request.unlink(missing_ok=True)
@@ -56,11 +56,11 @@ class Interruption:
         self._previous_pipe = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
         self._previous = self.listen()
         threading.Thread(target=self._watch, args=(arrivals,), name="stop", daemon=True).start()
-        threading.Thread(target=self._look, name="stop-request", daemon=True).start()
+        threading.Thread(target=self._watch_request, name="stop-request", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._closed.set()
         self.stop_timer()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -69,7 +69,7 @@ class Interruption:
         with contextlib.suppress(StorageUnavailable):
             self.request.unlink(missing_ok=True)
 
-    def _note(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         if not self.signal:
             self.since, self.signal = time.monotonic(), number
         self.coordinator.halted.set()
@@ -78,7 +78,7 @@ class Interruption:
         if self._handled:
             raise Interrupted
         self._handled = True
-        self._note(number)
+        self._record(number)
         signal.setitimer(signal.ITIMER_REAL, max(0.1, self.since + GRACE_SECONDS - time.monotonic()))
 
     def listen(self) -> dict[int, Any]:
@@ -95,36 +95,36 @@ class Interruption:
         self._timer_stopped = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def left(self) -> float:
-        """Seconds that MLflow may yet take, half a second at least: without a signal as many as it needs."""
+    def seconds_left(self) -> float:
+        """How long MLflow may yet take: half a second at least, and without a signal as long as it needs."""
         return max(0.5, STOP_SECONDS - 0.5 - (time.monotonic() - self.since)) if self.signal else math.inf
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted
 
     def _watch(self, arrivals: int) -> None:
-        """Keeps the time: from the signal on it asks nobody who may not answer. ``arrivals``: Python writes the number of each
-        signal there when it comes, not when it is handled."""
-        while not self._over.is_set():
-            came = os.read(arrivals, 64) if select.select([arrivals], [], [], LOOK_SECONDS)[0] else b""
-            for number in STOPS.intersection(came):
-                self._note(number)
+        """Watches the time and Ray. After a signal it asks nobody who may not answer. Python writes the number of each signal
+        to the pipe ``arrivals`` when it comes, not when it is handled."""
+        while not self._closed.is_set():
+            signals = os.read(arrivals, 64) if select.select([arrivals], [], [], LOOK_SECONDS)[0] else b""
+            for number in STOPS.intersection(signals):
+                self._record(number)
                 self.limit = min(self.limit, self.since + STUCK_SECONDS)
             if time.monotonic() > self.limit and not self._timer_stopped:
                 self.on_stuck()
                 return
             if self.limit < math.inf:
                 continue
-            ask = self.why_ray_died
-            if (reason := ask()) and self.why_ray_died is ask:  # it is taken away before we end Ray ourselves
+            why_ray_died = self.why_ray_died
+            if (reason := why_ray_died()) and self.why_ray_died is why_ray_died:  # it is replaced before we end Ray ourselves
                 self.limit = time.monotonic() + STUCK_SECONDS
                 self.coordinator.halt(reason)
         os.close(arrivals)
 
-    def _look(self) -> None:
-        """Looks for a stop request, in a thread of its own, because what holds it may keep us waiting."""
-        while not self._over.wait(LOOK_SECONDS) and not self._stopping():
-            if self._is_requested() and not self._stopping() and not self._over.is_set():
+    def _watch_request(self) -> None:
+        """Watches for a stop request, in a thread of its own, because the store that holds it may not answer."""
+        while not self._closed.wait(LOOK_SECONDS) and not self._stopping():
+            if self._is_requested() and not self._stopping() and not self._closed.is_set():
                 _thread.interrupt_main(signal.SIGTERM)  # which arrives as any other
                 return
 

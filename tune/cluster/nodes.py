@@ -73,7 +73,7 @@ def how_many(have: float, need: float) -> int:
 
 
 def living_nodes() -> dict[str, dict[str, Any]]:
-    """What Ray says of each node that is alive, by its id."""
+    """Ray's record of each node that is alive, by its id."""
     import ray
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
@@ -92,18 +92,18 @@ def capacity(spec: SweepSpec) -> int:
 
 
 class Nodes:
-    """Follows a cluster. A node counts once a question to it was answered: does it see the sweep's folder and the data?"""
+    """Follows the nodes of a cluster. A node counts once a task there has seen the sweep's folder and the data."""
 
     def __init__(self, sweep: Sweep, spec: SweepSpec) -> None:
         self.sweep = sweep
         self.spec = spec
-        self.able: set[str] = set()
+        self.usable: set[str] = set()  # ids of nodes that have answered that a trial can run on them
         self.questions: dict[str, Any] = {}
         self.refusals: Counter[str] = Counter()
         self.capacity = 0
-        self.probed = False
-        self.looked = self.seen_room = time.monotonic()
-        self.said = False
+        self.wrote_probe = False
+        self.looked_at = self.had_room_at = time.monotonic()
+        self.said_waiting = False
 
     def check(self) -> int:
         """How many trials the nodes hold, each of them asked. ValueError where on one no trial can run, or none holds any.
@@ -117,47 +117,47 @@ class Nodes:
                 raise UserError(
                     f"{error}; if the cluster brings nodes on demand, say how many trials: --concurrent N"
                 ) from error
-        self._look(patience=None)
+        self._ask_new_nodes(patience=None)
         while self.questions:
             time.sleep(LOOK_SECONDS)  # one did not answer: it is dying, and soon gone, or asked again
-            self._look(patience=None)
+            self._ask_new_nodes(patience=None)
         return self.capacity
 
     def follow(self, coordinator: Coordinator, say: Callable[[str], None]) -> None:
         """Sets how many trials run at a time, now and then; stops the sweep where one cannot run on a new node."""
         now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
+        if now - self.looked_at < LOOK_SECONDS:
             return
-        self.looked, before = now, self.capacity
+        self.looked_at, before = now, self.capacity
         try:
-            self._look(patience=0)
+            self._ask_new_nodes(patience=0)
         except UserError as error:
             coordinator.halt(str(error))
             return
         coordinator.concurrent = self.spec.concurrent or self.capacity
         if self.capacity:
-            self.seen_room, self.said = now, False
+            self.had_room_at, self.said_waiting = now, False
             if self.capacity != before:
                 say(f"the cluster holds {self.capacity} trials at a time (before: {before})")
-        elif now - self.seen_room >= SILENT_SECONDS and not self.said:
+        elif now - self.had_room_at >= SILENT_SECONDS and not self.said_waiting:
             say("no node of the cluster holds a trial; waiting for one")
-            self.said = True
+            self.said_waiting = True
 
-    def _look(self, patience: float | None) -> None:
-        """Asks the nodes that are new and hears those that have answered, waiting ``patience`` seconds (None: for all)."""
+    def _ask_new_nodes(self, patience: float | None) -> None:
+        """Asks the nodes that are new and takes the answers that are there within ``patience`` seconds (None: all of them)."""
         import ray
 
         living = living_nodes()
         rooms = {key: num for key, node in living.items() if (num := room(node["Resources"], self.spec))}
         self.questions = {key: answer for key, answer in self.questions.items() if key in rooms}
-        for key in rooms.keys() - self.able - self.questions.keys():
+        for key in rooms.keys() - self.usable - self.questions.keys():
             self.questions[key] = self._ask(key)
         answers = list(self.questions.values())
         if answers:
             ray.wait(answers, num_returns=len(answers), timeout=patience)
             for key in [key for key, answer in self.questions.items() if ray.wait([answer], timeout=0)[0]]:
-                self._hear(key, living[key])
-        self.capacity = sum(num for key, num in rooms.items() if key in self.able)
+                self._take_answer(key, living[key])
+        self.capacity = sum(num for key, num in rooms.items() if key in self.usable)
 
     def _ask(self, key: str) -> Any:
         import ray
@@ -172,21 +172,21 @@ class Nodes:
     def _probe(self) -> str:
         """A file in the sweep's folder that no other sweep has."""
         probe = self.sweep.folder / PROBE
-        if not self.probed:
+        if not self.wrote_probe:
             check_writable(self.sweep.folder)
             probe.write_bytes(self.sweep.provenance["id"].encode())
-            self.probed = True
+            self.wrote_probe = True
         return str(probe)
 
     def __enter__(self) -> Nodes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.probed:
+        if self.wrote_probe:
             with contextlib.suppress(OSError):  # an object store that is away; the next driver writes it again, and removes it
                 (self.sweep.folder / PROBE).unlink()
 
-    def _hear(self, key: str, node: Mapping[str, Any]) -> None:
+    def _take_answer(self, key: str, node: Mapping[str, Any]) -> None:
         import ray
 
         try:
@@ -200,7 +200,7 @@ class Nodes:
         del self.questions[key]
         if trouble:
             raise UserError(f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}) {trouble}")
-        self.able.add(key)
+        self.usable.add(key)
 
 
 def why_not_here(probe: str, text: str, data: DataSpec) -> str:

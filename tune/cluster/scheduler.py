@@ -13,9 +13,9 @@ from tune.search.coordinator import Coordinator
 
 
 class LedgerScheduler(FIFOScheduler):
-    """Sees every result, the last one too: the coordinator writes it into the ledger and decides.
+    """Hands every result to the coordinator, the last one too; the coordinator writes it into the ledger and decides.
 
-    What it decides is told to the study through the searcher, which Tune calls next; that a process was lost, it tells itself.
+    The study hears of the decision through the searcher, which Tune calls next. The scheduler itself reports a lost process.
     """
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -31,7 +31,7 @@ class LedgerScheduler(FIFOScheduler):
         trials end faster than actors start, a node that is new would never be used."""
         waiting = {trial.trial_id: trial for trial in tune_controller.get_live_trials() if trial.status == TuneTrial.PENDING}
         if self.coordinator.halted.is_set():
-            for trial in waiting.values():  # a place for it may never come, and Tune would wait
+            for trial in waiting.values():  # resources for it may never be free, and Tune would wait
                 trial.init_local_path()  # Tune's summary at the end asks for it, also where it is new
                 tune_controller.stop_trial(trial)
             return None
@@ -50,15 +50,15 @@ class LedgerScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """Its process is gone. The searcher, whom Tune tells next, is not told why."""
         error = Path(trial.error_file).read_text() if trial.error_file else ""
-        self.coordinator.lost(trial.trial_id, why(error))
+        self.coordinator.lost(trial.trial_id, loss_reason(error))
 
 
-def why(error: str) -> str:
-    """What Ray says of the end of a process, a date and an exception's text, with a line at the end that sums it up."""
+def loss_reason(error: str) -> str:
+    """Why a process ended: Ray's text without its date, and a line that sums it up. ``error``: the file that Tune wrote."""
     details = error.partition("\n")[2].strip()
-    told = [line for line in details.splitlines() if line and not line.startswith(("\t", "The actor died unexpectedly"))]
-    if not told:
+    lines = [line for line in details.splitlines() if line and not line.startswith(("\t", "The actor died unexpectedly"))]
+    if not lines:
         return ""
-    if "ray::" in told[0]:  # the traceback of an exception that left the actor
-        return f"{details}\n{told[-1].removeprefix('training.locations.Away: ')}"
-    return f"{details}\nRay says: {told[0].rpartition('Worker exit detail: ')[2].partition(' Some common causes')[0]}"
+    if "ray::" in lines[0]:  # the traceback of an exception that left the actor
+        return f"{details}\n{lines[-1].removeprefix('training.locations.Away: ')}"
+    return f"{details}\nRay says: {lines[0].rpartition('Worker exit detail: ')[2].partition(' Some common causes')[0]}"

@@ -14,14 +14,14 @@ from tune.search.coordinator import FINISHED, Coordinator
 class LedgerSearcher(Searcher):
     """Hands out trials that lost their process first, then asks Optuna; tells the study how a trial ended.
 
-    Tune's own trial ids last as long as one process of a trial; the ledger's numbers are what a user sees. ``look`` is called
-    before each proposal, many times a second.
+    Tune's own trial ids last as long as one process of a trial; the ledger's numbers are what a user sees. ``on_suggest`` is
+    called before each proposal, many times a second.
     """
 
-    def __init__(self, coordinator: Coordinator, look: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, coordinator: Coordinator, on_suggest: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.coordinator = coordinator
-        self.look = look
+        self.on_suggest = on_suggest
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its searcher into its folder; nothing of ours belongs there
@@ -30,7 +30,7 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        self.look()
+        self.on_suggest()
         proposal = self.coordinator.next(trial_id)
         if proposal is None:
             return None

@@ -1,4 +1,4 @@
-"""A trial as Ray Tune runs it: a thin shell around an TrialRun, in an actor that serves one trial after another."""
+"""A trial as Ray Tune runs it: a thin shell around a TrialRun, in an actor that serves one trial after another."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+from errors import UserError
+
 AT_SIGN = "an @ that ends no login is written %40"
 HARMLESS_NAMES = {  # in the query of a database's URL, in small letters
     *("application_name", "charset", "connect_timeout", "driver", "encrypt", "host", "options", "port", "service", "timeout"),
