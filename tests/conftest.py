@@ -31,7 +31,13 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ["DO_NOT_TRACK"] = "true"
 if not os.environ.get("NOISY_LABEL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-torch.set_num_threads(1)  # one trial, one thread; more make each other slower
+torch.set_num_threads(1)  # also while fixtures of a module are made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """One trial, one thread: tensors this small gain nothing from more, and what a test trained may have set another number."""
+    torch.set_num_threads(1)
 
 
 def pytest_sessionfinish() -> None:

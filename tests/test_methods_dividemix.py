@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,8 +20,9 @@ from methods.base import Clock, SingleNet, first_epoch
 from methods.dividemix import DivideMix, DivideMixConfig, Portion, believed, cycled, refined, sharpened
 from methods.mixture import min_max
 from models import Network
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import (
+from tests.tiny import (
     BATCH,
     EPOCHS,
     InOrder,
@@ -39,17 +39,7 @@ from tests.test_methods_contract import (
     weak,
 )
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 LAST = Clock(EPOCHS - 1, EPOCHS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def one_hot(labels: Tensor) -> Tensor:

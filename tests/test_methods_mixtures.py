@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,33 +27,9 @@ from methods.selc import SELC, SELCConfig
 from methods.sweep import sweep
 from methods.turning_point import TurningPoint
 from models import Network
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import (
-    BATCH,
-    EPOCHS,
-    InOrder,
-    K,
-    N,
-    differences,
-    finish,
-    make,
-    plain,
-    tiny_data,
-    tiny_net,
-    tiny_task,
-    train,
-)
-
-few = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.tiny import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_net, tiny_task, train
 
 
 def linear_net(num_classes: int | None = None) -> Network:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -16,22 +15,27 @@ from data.seeds import generator
 from losses import reverse_divergence
 from methods.base import Clock, first_epoch
 from methods.pencil import CURVATURE, PENCIL, PENCILConfig, label_gradient
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, tiny_data, tiny_task, train
-from tests.test_methods_identities import given_one_hot, net_state, one_step_gradient
+from tests.tiny import (
+    BATCH,
+    EPOCHS,
+    InOrder,
+    K,
+    N,
+    differences,
+    finish,
+    given_one_hot,
+    make,
+    net_state,
+    one_step_gradient,
+    tiny_data,
+    tiny_task,
+    train,
+)
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 STAGE_2, STAGE_3 = 2, 4  # the first epochs of these stages, of 6
 WEIGHTS = {"alpha": 0.3, "beta": 0.7, "label_steps": 0.9}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pencil(**values: float | str) -> PENCIL:

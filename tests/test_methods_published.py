@@ -16,7 +16,7 @@ from methods import METHODS
 from methods.base import Clock
 from methods.pencil import PENCIL, PENCILConfig
 from tests.mutation import Mutation
-from tests.test_methods_contract import make, tiny_data, tiny_task
+from tests.tiny import make, tiny_data, tiny_task
 from tune.search.space import Space
 from tune.spec import make_spec
 

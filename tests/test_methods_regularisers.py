@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -25,8 +25,9 @@ from methods.ctrr import CTRR, ContrastiveNetwork, CTRRConfig
 from methods.elr_plus import ELRPlus, ELRPlusConfig, ramp_up, weighed
 from methods.moving_average import MovingAverage
 from models import Network
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import (
+from tests.tiny import (
     BATCH,
     EPOCHS,
     InOrder,
@@ -36,17 +37,21 @@ from tests.test_methods_contract import (
     differences,
     extreme_net,
     finish,
+    given_one_hot,
+    linear_net,
     make,
+    net_state,
+    nets_in_turn,
     plain,
     tiny_data,
     tiny_net,
     tiny_task,
     train,
+    trained,
     weak,
+    without_dropout,
 )
-from tests.test_methods_identities import given_one_hot, linear_net, net_state, nets_in_turn, trained, without_dropout
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 BARE = {"momentum": 0.0, "weight_decay": 0.0, "augmentation": "none"}  # a step is rate times gradient
 
 

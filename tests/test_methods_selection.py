@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -24,8 +23,9 @@ from methods.base import Clock, Learner, Method
 from methods.co_teaching import CoTeachingConfig, small_losses
 from methods.co_teaching_plus import CoTeachingPlus, CoTeachingPlusConfig
 from methods.mw_net import MetaWeightNet, MWNetConfig, Pair, WeightNet
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import (
+from tests.tiny import (
     BATCH,
     EPOCHS,
     K,
@@ -33,26 +33,18 @@ from tests.test_methods_contract import (
     differences,
     finish,
     make,
+    net_state,
+    nets_in_turn,
     plain,
     tiny_data,
     tiny_net,
     tiny_task,
     train,
     trusted_data,
+    without_dropout,
 )
-from tests.test_methods_identities import net_state, nets_in_turn, without_dropout
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 PLAIN = {"augmentation": "none", "momentum": 0.0, "weight_decay": 0.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Meta-Weight-Net

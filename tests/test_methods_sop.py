@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,12 +20,29 @@ from methods.base import Clock, half_cosine
 from methods.sop import SOP, SOPConfig, modelled_noise
 from methods.sop_plus import SOPPlusConfig
 from models import Network
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_task
-from tests.test_methods_identities import given_one_hot, linear_net, net_state, nets_in_turn, trained, without_dropout
+from tests.tiny import (
+    BATCH,
+    EPOCHS,
+    InOrder,
+    K,
+    N,
+    differences,
+    finish,
+    given_one_hot,
+    linear_net,
+    make,
+    net_state,
+    nets_in_turn,
+    plain,
+    tiny_data,
+    tiny_task,
+    trained,
+    without_dropout,
+)
 from training.statistics import area_under_roc
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 NEVER = {"given_rate": 0.0, "other_rate": 0.0}
 
 
