@@ -431,7 +431,6 @@ def test_wrong_labels_are_found_and_replaced() -> None:
 # Constants: the test that notices when one is changed by a tenth
 
 HERE = "tests/test_methods_dividemix.py::"
-PUBLISHED = HERE + "test_the_published_defaults"
 BY_HAND = HERE + "test_one_update_by_hand[1]"
 RAMP = HERE + "test_the_ramp_rises_over_sixteen_epochs_after_the_warm_up"
 STEPS = HERE + "test_the_ramp_moves_with_every_step"
@@ -444,15 +443,6 @@ ENTROPY = HERE + "test_the_warm_up_can_reward_entropy"
 PATH = "methods/dividemix.py"
 
 MUTATIONS = [
-    Mutation(PATH, "        0.1,\n", "        0.11,\n", PUBLISHED),
-    Mutation(PATH, '        0.5, "probability of being clean', '        0.55, "probability of being clean', PUBLISHED),
-    Mutation(PATH, "        25.0,\n", "        27.5,\n", PUBLISHED),
-    Mutation(PATH, "        0.0533,\n", "        0.0586,\n", PUBLISHED),
-    Mutation(PATH, '        0.5, "T of the', '        0.55, "T of the', PUBLISHED),
-    Mutation(PATH, "        4.0,\n", "        4.4,\n", PUBLISHED),
-    Mutation(PATH, '        1.0, "weight of the penalty', '        1.1, "weight of the penalty', PUBLISHED),
-    Mutation(PATH, '        1,\n        "epochs whose', '        2,\n        "epochs whose', PUBLISHED),
-    Mutation(PATH, '        0.0,\n        "weight of the entropy', '        0.1,\n        "weight of the entropy', PUBLISHED),
     Mutation(PATH, "VIEWS = 2", "VIEWS = 3", BY_HAND),
     Mutation(PATH, "FEWEST = 0.1", "FEWEST = 0.11", FEWEST),
     Mutation(PATH, "clean > threshold", "clean > 1.1 * threshold", FEWEST),

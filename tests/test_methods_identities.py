@@ -445,10 +445,8 @@ MUTATIONS = [
     Mutation("methods/base.py", "start * 0.5 * (1 +", "start * 0.55 * (1 +", CROSSED),
     Mutation("methods/base.py", "start * 0.5 * (1 +", "start * 0.5 * (1.1 +", CROSSED),
     Mutation("methods/base.py", "math.cos(math.pi * fraction)", "math.cos(1.1 * math.pi * fraction)", CROSSED),
-    Mutation("methods/selc.py", "        0.047,", "        0.0517,", PUBLISHED),
     Mutation("methods/selc.py", "momentum * self", "1.1 * momentum * self", RUNNING_MEAN),
     Mutation("methods/selc.py", "(1 - momentum)", "(1.1 - momentum)", RUNNING_MEAN),
-    Mutation("methods/selc.py", "        0.15,", "        0.165,", BEGINS),
     Mutation(
         "methods/alr.py",
         "self.config.entropy_weight * entropy",
@@ -463,7 +461,6 @@ MUTATIONS = [
         "1.1 * self.config.strength * early",
         HERE + "test_elr_steps_along_its_gradient_with_the_updated_targets",
     ),
-    Mutation("methods/elr.py", "        0.0234,", "        0.02574,", PUBLISHED),
     Mutation(
         "losses/early_learning.py",
         "FLOOR = 1e-4",

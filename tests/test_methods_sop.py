@@ -399,7 +399,6 @@ def test_sop_plus_steps_by_hand() -> None:
 # Constants: the test that notices when one is changed by a tenth
 
 HERE = "tests/test_methods_sop.py::"
-DEFAULTS = HERE + "test_published_defaults_of_sop"
 GROWTH = HERE + "test_rows_grow_geometrically_by_their_closed_forms[120-8-both]"
 WITHIN = HERE + "test_rows_stay_within_one"
 REFINED = HERE + "test_refined_labels_are_the_given_ones_without_the_modelled_noise"
@@ -410,10 +409,6 @@ ONE = HERE + "test_rows_sum_to_one_before_the_last_clip"
 MUTATIONS = [
     Mutation("methods/sop.py", "REFERENCE_EPOCHS = 120", "REFERENCE_EPOCHS = 132", GROWTH),
     Mutation("methods/sop.py", "REFERENCE_BATCH = 128", "REFERENCE_BATCH = 141", GROWTH),
-    Mutation("methods/sop.py", '10.0, "learning rate of u', '11.0, "learning rate of u', DEFAULTS),
-    Mutation("methods/sop.py", '10.0, "learning rate of v', '11.0, "learning rate of v', DEFAULTS),
-    Mutation("methods/sop.py", "hyperparameter(1e-8,", "hyperparameter(1.1e-8,", DEFAULTS),
-    Mutation("methods/sop.py", "hyperparameter(1e-4,", "hyperparameter(1.1e-4,", DEFAULTS),
     Mutation(
         "methods/sop.py",
         "(config.initial * torch.randn(task.num_samples))",
@@ -444,10 +439,6 @@ MUTATIONS = [
         "removed).clamp_min(1.1 * floor)",
         HERE + "test_corrected_probabilities_are_their_formula",
     ),
-    Mutation("methods/sop_plus.py", '25.0, "learning rate of u', '27.5, "learning rate of u', DEFAULTS),
-    Mutation("methods/sop_plus.py", '25.0, "learning rate of v', '27.5, "learning rate of v', DEFAULTS),
-    Mutation("methods/sop_plus.py", "        0.9,", "        0.99,", DEFAULTS),
-    Mutation("methods/sop_plus.py", "        0.1,", "        0.11,", DEFAULTS),
     Mutation("methods/sop_plus.py", "self.config.consistency * div", "1.1 * self.config.consistency * div", BY_HAND),
     Mutation("methods/sop_plus.py", "self.config.balance * imb", "1.1 * self.config.balance * imb", BY_HAND),
     Mutation("methods/sop_plus.py", "chunk(2)", "chunk(3)", BY_HAND),
