@@ -64,7 +64,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = make(name, tiny_task(data))
         finish(whole, data)
         torch.save(whole.state_dict(), folder / f"{name}.whole")
-    subprocess.run([sys.executable, "-m", "tests.test_methods_contract", folder], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "tests.test_methods_contract", folder], cwd=ROOT, check=True, timeout=600)
     return folder
 
 
