@@ -31,7 +31,18 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ["DO_NOT_TRACK"] = "true"
 if not os.environ.get("NOISY_LABEL_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-torch.set_num_threads(1)  # one trial, one thread; more make each other slower
+torch.set_num_threads(1)  # also while fixtures of a module are made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """One trial, one thread: tensors this small gain nothing from more, and what a test trained may have set another number."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that look at the faulty sweep come first, one after the other, so that only one worker of xdist runs it."""
+    items.sort(key=lambda item: "faulty" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_sessionfinish() -> None:
@@ -89,6 +100,17 @@ def storage(tmp_path: Path, migrated_store: Path) -> Path:
     from tests.sweeps import new_storage
 
     return new_storage(tmp_path / "runs", migrated_store)
+
+
+@pytest.fixture(scope="session")
+def some_ray() -> Iterator[dict[str, str]]:
+    """A Ray cluster of two processors for tests that need one, whichever it is, and do not kill it; the environment in which a
+    command joins it. A Ray of its own costs each command 12 s of a processor."""
+    from tests.ray_nodes import RayNodes
+
+    cluster = RayNodes(num_cpus=2)
+    yield {"RAY_ADDRESS": cluster.address}
+    cluster.end()
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ class RayNodes:
     def end(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(240)
 
 
 def one_more_node(options: dict[str, Any]) -> None:

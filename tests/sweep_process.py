@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from tests.sweeps import make_sweep, play
 from tune.report import leaderboard as report
@@ -22,6 +27,7 @@ from tune.report.leaderboard import noted_runs
 from tune.search.coordinator import Coordinator
 from tune.search.ledger import Ledger
 from tune.search.recipes import dataset
+from tune.spec import KEPT_CHECKPOINTS
 from tune.store.stored_sweep import Sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +187,25 @@ def assert_projected(storage: Path, name: str, rows: list[dict[str, Any]], uri: 
     assert json.loads(parents[0].data.tags["best_params"])["method"] == best["method"]
     artifacts = {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
     assert {"leaderboard.json", "best_config.yaml"} <= artifacts
+
+
+def assert_nothing_left(storage: Path, name: str) -> None:
+    """After the end of a sweep no trial is RUNNING in the study; on disk are the best few trials' checkpoints and no other file
+    than a sweep has, and nothing is in the temporary folder."""
+    backend = optuna.storages.JournalStorage(JournalFileBackend(str(storage / name / "journal.log")))
+    trials = optuna.load_study(study_name="sweep", storage=backend).get_trials(deepcopy=False)
+    assert all(trial.state.is_finished() for trial in trials)
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    best = sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:KEPT_CHECKPOINTS]
+    held = {str(path.relative_to(storage / name / "checkpoints")) for path in (storage / name / "checkpoints").rglob("*")}
+    numbers = {str(trial.number) for trial in best}
+    assert held == numbers | {f"{number}/checkpoint.pt" for number in numbers}
+    files = {path.name for path in (storage / name).iterdir()} - {"checkpoints"}
+    expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "noise.json", "best_config.yaml"}
+    assert files == expected
+    scratch = hashlib.sha256(str(storage / name).encode()).hexdigest()[:16]
+    assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{scratch}*")), "what Tune wrote"
+    assert {path.name for path in storage.iterdir()} <= {name, "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
 
 
 def of_real_data(sweep: Sweep) -> Sweep:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from tests.free_experiment import FreeExperiment
 from tests.sweeps import CREATED, make_sweep, metric_lines
-from tests.test_kill_loop import FreeExperiment
 from training.experiment import EpochRecord
 from tune.report.closing import closing_words
 from tune.report.leaderboard import cost_metrics, cost_text

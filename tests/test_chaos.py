@@ -5,7 +5,6 @@ Then everything is compared with what nobody disturbed: each trial's recipe, tra
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 import uuid
@@ -23,12 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
 import yaml
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from tests.faulty_sweep import FAULTY
 from tests.ray_nodes import RayNodes
@@ -36,6 +31,7 @@ from tests.sweep_process import (
     PATIENCE,
     RAYS_SECONDS,
     assert_ended,
+    assert_nothing_left,
     assert_projected,
     assert_whole,
     board,
@@ -52,7 +48,6 @@ from training.experiment import TrialRun
 from tune.report.leaderboard import noted_runs
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial
-from tune.spec import KEPT_CHECKPOINTS
 from tune.store.stored_sweep import Sweep
 
 SPEC = {"trials": 5000, "epochs": 24, "checkpoint_seconds": 0.5, "report_seconds": 0.2, "reduction_factor": 2}  # never ends
@@ -318,25 +313,6 @@ def assert_undisturbed(storage: Path, uri: str) -> None:
     assert not any(in_study.values()), "epochs of which there are no metrics"
 
 
-def assert_nothing_left(storage: Path) -> None:
-    """In the study no trial is RUNNING; on disk are the best few trials' checkpoints and no other file than a sweep has, and
-    nothing in the temporary folder."""
-    backend = optuna.storages.JournalStorage(JournalFileBackend(str(storage / "chaos" / "journal.log")))
-    trials = optuna.load_study(study_name="sweep", storage=backend).get_trials(deepcopy=False)
-    assert all(trial.state.is_finished() for trial in trials)
-    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    best = sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))[:KEPT_CHECKPOINTS]
-    held = {str(path.relative_to(storage / "chaos" / "checkpoints")) for path in (storage / "chaos" / "checkpoints").rglob("*")}
-    names = {str(trial.number) for trial in best}
-    assert held == names | {f"{name}/checkpoint.pt" for name in names}
-    files = {path.name for path in (storage / "chaos").iterdir()} - {"checkpoints"}
-    expected = {"sweep.yaml", "journal.log", "metrics.jsonl", "tracker.jsonl", "driver.lock", "noise.json", "best_config.yaml"}
-    assert files == expected
-    scratch = hashlib.sha256(str(storage / "chaos").encode()).hexdigest()[:16]
-    assert not list(Path(tempfile.gettempdir()).glob(f"noisy-label-*{scratch}*")), "what Tune wrote"
-    assert {path.name for path in storage.iterdir()} <= {"chaos", "mlartifacts", "mlflow.db", "mlflow.db-shm", "mlflow.db-wal"}
-
-
 def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *, seed: int, again: bool) -> Chaos:
     """A sweep through all its kills; then it is stopped, what it has begun is finished, and everything must hold. It is on a
     cluster where nodes are killed, else on this machine alone."""
@@ -372,7 +348,7 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
         rows = board(storage, "chaos")
         assert_whole(state.folder, rows, trials)
         assert_projected(storage, "chaos", rows, uri=server.uri)
-        assert_nothing_left(storage)
+        assert_nothing_left(storage, "chaos")
         assert_undisturbed(storage, server.uri)
     finally:
         server.kill()
@@ -381,7 +357,10 @@ def survive(tmp_path: Path, migrated_store: Path, mark: str, kills: list[str], *
     return state
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path, migrated_store: Path, mark: str) -> None:
+    """One of each kind: minutes instead of the half hour of the next one. By itself each is caused in the default suite, too: a
+    worker and a driver in ``test_sweep``, a node in ``test_cluster``, the server in ``test_tracking_server``."""
     kills = ["worker", "server", "node", "preempt", "driver"]
     state = survive(tmp_path, migrated_store, mark, kills, seed=0, again=False)
     assert state.hits.total() >= 1

@@ -21,6 +21,7 @@ import pytest
 from data.dataset import DataSpec
 from tests.ray_nodes import RayNodes
 from tests.sweep_process import (
+    PATIENCE,
     ROOT,
     assert_projected,
     assert_whole,
@@ -386,7 +387,7 @@ def test_packages_of_the_users_own_with_our_names(nodes: RayNodes, storage: Path
     options = ("--method", "ce", "--model", "mlp", "--trials", 2, "--epochs", 1)
     where = ("--storage", storage, "--address", nodes.address)
     launched = start(tmp_path / "log", "launch", "own", *options, *where, cwd=hostile_folder(tmp_path / "own"))
-    assert launched.wait(240) == 0, (tmp_path / "log").read_text()
+    assert launched.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
     assert [row["state"] for row in board(storage, "own")] == ["complete", "complete"]
 
 
@@ -417,7 +418,7 @@ def test_nodes_come_and_go(nodes: RayNodes, refused: object, storage: Path, monk
     assert lost
     wait_until(said(f"trial {lost[1]} ce complete after 24 epochs"), launched, log)
     launched.send_signal(signal.SIGTERM)
-    assert launched.wait(60) == 143, log.read_text()
+    assert launched.wait(PATIENCE) == 143, log.read_text()
     assert log.read_text().splitlines()[-1] == f"python search.py resume moving --storage {storage}"
     search("resume", "moving", "--storage", storage, "--trials", len(board(storage, "moving")))
     rows = board(storage, "moving")
@@ -427,7 +428,7 @@ def test_nodes_come_and_go(nodes: RayNodes, refused: object, storage: Path, monk
 
 def test_a_token_that_is_another(refused: tuple[subprocess.Popen[str], Path], nodes: RayNodes) -> None:
     process, folder = refused
-    assert process.wait(120) == 2
+    assert process.wait(PATIENCE) == 2
     last = (folder / "log").read_text().splitlines()[-1]
     assert last.startswith(f"error: Ray cluster '{nodes.address}' cannot be joined: Failed to connect")
     assert last.endswith(f"the token shown to it is that of {folder / 'token'}")

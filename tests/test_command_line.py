@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import search
+from tests.refusals import refused
 from tests.sweep_process import ROOT, make_finished_sweep, of_real_data
 from tests.sweep_process import search as call
 from tests.sweeps import epoch_record, make_sweep, new_storage, play
@@ -31,20 +32,6 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [module for module in sys.modules if module == "ray" or module.startswith("ray.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must be refused and returns its one line."""
-    try:
-        code = search.main([str(argument) for argument in arguments])
-    except SystemExit as ended:  # argparse's own refusals
-        code = ended.code
-    out = capsys.readouterr()
-    assert code == 2, out
-    assert out.err.count("\n") == 1, out.err
-    assert out.err.startswith("error: ")
-    assert "Traceback" not in out.err
-    return out.err
 
 
 BAD_LAUNCHES = {

@@ -23,7 +23,7 @@ from data.readers.manifest import NO_LABEL
 from data.remarks import remarks
 from data.sources import TEST, TRAIN, VALIDATION, Options, find_source
 from data.text import look_alikes
-from tests.test_data_readers_own import decoded, refused, save, write
+from tests.image_files import decoded, refused, save, write
 
 
 @pytest.fixture

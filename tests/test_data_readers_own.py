@@ -11,35 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data.cache import open_table
-from data.sources import TEST, TRAIN, VALIDATION, Options, RawTable, find_source
+from data.sources import TEST, TRAIN, VALIDATION, Options, find_source
+from tests.image_files import COLOURS, decoded, refused, save, write
 
 NO_IMAGE = "it is no PNG, JPEG, BMP, WEBP or GIF image"
-COLOURS = {"cat": (200, 10, 30), "dog": (20, 180, 60), "eel": (5, 60, 250)}
-
-
-def save(path: Path, colour: tuple[int, int, int] = (9, 9, 9), size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path)
-    return path
-
-
-def decoded(table: RawTable, start: int = 0) -> Tensor:
-    return torch.cat([block.images for block in table.blocks(range(start, table.shape[0]))])
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOISY_LABEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def refused(data: str, match: str, **options: int) -> None:
-    """Somewhere on the way from the name to the last image there is a ValueError of one line."""
-    with pytest.raises(ValueError, match=match) as caught:
-        open_table(find_source(data, Options(**options)), fresh=True)
-    assert "\n" not in str(caught.value)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------------
@@ -162,11 +144,6 @@ def test_links_of_a_folder_stay_inside_it(animals: Path) -> None:
 
 
 # --- what has gone wrong, and what has changed ------------------------------------------------------------------------------
-
-
-def write(folder: Path, text: str, name: str = "list.csv") -> str:
-    (folder / name).write_text(text, "utf-8")
-    return f"manifest:{folder / name}"
 
 
 @pytest.fixture

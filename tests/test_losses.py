@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,36 +20,7 @@ from losses import (
     generalized_cross_entropy,
     soft_cross_entropy,
 )
-
-few = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@st.composite
-def cases(draw: st.DrawFn, spread: float = 4.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, K], labels [B] and targets [B, K] whose rows sum to 1, in float64."""
-    stream = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    num_images, num_classes = draw(st.integers(1, 6)), draw(st.integers(2, 12))
-    logits = draw(st.floats(0.1, spread)) * torch.randn(num_images, num_classes, generator=stream, dtype=torch.float64)
-    labels = torch.randint(num_classes, (num_images,), generator=stream)
-    targets = torch.rand(num_images, num_classes, generator=stream, dtype=torch.float64)
-    return logits, labels, targets / targets.sum(dim=1, keepdim=True)
-
-
-def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    return functional.one_hot(labels, logits.shape[1]).to(logits)
-
-
-def gradient(losses: Tensor, logits: Tensor) -> Tensor:
-    return torch.autograd.grad(losses.sum(), logits)[0]
+from tests.loss_cases import cases, few, gradient, one_hot
 
 
 @few

@@ -10,19 +10,22 @@ from torch import Tensor
 
 from losses import cross_entropy, entropy, soft_cross_entropy
 from methods.bootstrapping import BootstrappingConfig
+from tests.loss_cases import cases, few, gradient, one_hot
 from tests.mutation import Mutation
-from tests.test_losses import cases, few, gradient, one_hot
-from tests.test_methods_contract import differences
-from tests.test_methods_losses import losses_of, trained
+from tests.tiny import differences, losses_of, trained_in_order
 
 Case = tuple[Tensor, Tensor, Tensor]
 
 
 def test_without_a_share_of_its_own_it_is_cross_entropy_bit_for_bit() -> None:
-    ce = trained("ce")
+    ce = trained_in_order("ce")
     for target in ("soft", "hard"):
-        assert differences(trained("bootstrapping", given_share=1.0, target=target).state_dict(), ce.state_dict()) == []
-        assert differences(trained("bootstrapping", given_share=0.9, target=target).state_dict(), ce.state_dict()) != []
+        assert (
+            differences(trained_in_order("bootstrapping", given_share=1.0, target=target).state_dict(), ce.state_dict()) == []
+        )
+        assert (
+            differences(trained_in_order("bootstrapping", given_share=0.9, target=target).state_dict(), ce.state_dict()) != []
+        )
 
 
 @few

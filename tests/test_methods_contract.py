@@ -8,144 +8,44 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import methods
-from data.seeds import derive, generator
+from data.seeds import generator
 from data.table import Batch, TrainData
 from hparams import build, declared
 from methods import METHODS, base
-from methods.base import Clock, MakeNet, Method, Step, Task
-from models.network import Network
+from methods.base import Task
+from tests.tiny import (
+    BATCH,
+    EPOCHS,
+    InOrder,
+    K,
+    N,
+    TenThousandfold,
+    assert_finite,
+    differences,
+    extreme_net,
+    finish,
+    flat,
+    flat_net,
+    make,
+    networks,
+    per_sample,
+    tiny_data,
+    tiny_task,
+    train,
+    trusted_data,
+)
 
-N, K, EPOCHS, BATCH = 41, 4, 6, 8  # 41 = 5 * 8 + 1; no tensor of a network has a side of 41
 RESUMED_AT = (1, 4)
 ROOT = Path(__file__).parent.parent
 every_method = pytest.mark.parametrize("name", METHODS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def prototypes() -> Tensor:
-    return torch.randint(40, 216, (K, 1, 8, 8), generator=generator("prototypes"))
-
-
-def tiny_data(num_classes: int = K) -> TrainData:
-    """41 images [1, 8, 8] that a network can tell apart, of the first ``num_classes`` classes."""
-    stream = generator("tiny data")
-    labels = torch.randint(num_classes, (N,), generator=stream)
-    images = prototypes()[labels] + torch.randint(-40, 40, (N, 1, 8, 8), generator=stream)
-    return TrainData(images.to(torch.uint8), labels)
-
-
-def tiny_net(num_classes: int | None = None) -> Network:
-    features = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())
-    return Network(features, 54, num_classes or K, 0.1)
-
-
-def flat_net(num_classes: int | None = None) -> Network:
-    """A network with batch normalisation over single numbers, which refuses a batch of one image."""
-    return Network(nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU()), 12, num_classes or K, 0.1)
-
-
-def plain(images: Tensor) -> Tensor:
-    return images.float() / 64 - 2
-
-
-def weak(images: Tensor) -> Tensor:
-    """A random shift and noise, from torch's default generator."""
-    shift = int(torch.randint(-1, 2, ()))
-    return plain(images).roll(shift, dims=3) + 0.1 * torch.randn(images.shape)
-
-
-def trusted_data() -> TrainData:
-    """Eight further images with clean labels, two of each class."""
-    stream = generator("trusted")
-    labels = torch.arange(K).repeat(2)
-    images = prototypes()[labels] + torch.randint(-40, 40, (2 * K, 1, 8, 8), generator=stream)
-    return TrainData(images.to(torch.uint8), labels)
-
-
-def tiny_task(data: TrainData, make_net: MakeNet = tiny_net) -> Task:
-    return Task(K, data.labels, make_net, plain, weak, weak, trusted_data())
-
-
-def make(name: str, task: Task, seed: int = 0, **values: Any) -> Method[Any]:
-    torch.manual_seed(derive("init", seed))
-    return METHODS[name](build(METHODS[name].Config, {"batch_size": BATCH, **values}), task)
-
-
-def train(
-    method: Method[Any], data: TrainData, first: int = 0, last: int = EPOCHS, seed: int = 0
-) -> Iterator[tuple[Clock, Step]]:
-    """What the trainer does, from epoch ``first`` to before ``last``."""
-    for epoch in range(first, last):
-        torch.manual_seed(derive("epoch", seed, epoch))
-        method.train()
-        clock = Clock(epoch, EPOCHS)
-        for batch in method.batches(data, clock):
-            yield clock, method.step(batch, clock)
-
-
-def finish(method: Method[Any], data: TrainData, first: int = 0, last: int = EPOCHS) -> list[tuple[Clock, Step]]:
-    return list(train(method, data, first, last))
-
-
-def flat(state: Any, path: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state by its path."""
-    if isinstance(state, (dict, list, tuple)):
-        pairs = state.items() if isinstance(state, dict) else enumerate(state)
-        return {key: leaf for name, value in pairs for key, leaf in flat(value, f"{path}/{name}").items()}
-    return {path: state}
-
-
-def differences(left: Any, right: Any) -> list[str]:
-    """The paths at which two states are not bit for bit alike (0 and -0 are)."""
-    a, b = flat(left), flat(right)
-    same = {key: torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key] for key in a.keys() & b.keys()}
-    return sorted((a.keys() ^ b.keys()) | {key for key, equal in same.items() if not equal})
-
-
-def per_sample(method: Method[Any]) -> dict[str, Tensor]:
-    return {
-        key: value for key, value in flat(method.state_dict()).items() if isinstance(value, Tensor) and value.shape[:1] == (N,)
-    }
-
-
-def networks(method: Method[Any]) -> dict[str, Any]:
-    """The state without its per-sample part, the optimisers' included."""
-    return {key: value for key, value in flat(method.state_dict()).items() if key not in per_sample(method)}
-
-
-class InOrder(TrainData):
-    """A training set that hands out given batches: ``shuffled`` yields the rows of ``parts`` in turn."""
-
-    parts: list[Tensor]
-
-    @classmethod
-    def of(cls, data: TrainData, parts: list[Tensor]) -> InOrder:
-        made = cls(data.images, data.labels)
-        object.__setattr__(made, "parts", parts)
-        return made
-
-    def shuffled(self, batch_size: int, keep: Tensor | None = None) -> Iterator[Batch]:
-        for part in self.parts:
-            index = part if keep is None else part[keep[part]]
-            if len(index):
-                yield self.gather(index)
 
 
 # Resume
@@ -164,7 +64,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = make(name, tiny_task(data))
         finish(whole, data)
         torch.save(whole.state_dict(), folder / f"{name}.whole")
-    subprocess.run([sys.executable, "-m", "tests.test_methods_contract", folder], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "tests.test_methods_contract", folder], cwd=ROOT, check=True, timeout=600)
     return folder
 
 
@@ -337,28 +237,6 @@ def test_clean_labels_are_learnt(name: str) -> None:
 
 
 # Awkward data
-
-
-def assert_finite(method: Method[Any], steps: list[tuple[Clock, Step]]) -> None:
-    assert steps
-    for _, step in steps:
-        assert bool(step.loss.isfinite())
-        assert step.probabilities is None or bool(step.probabilities.isfinite().all())
-    for key, value in flat(method.state_dict()).items():
-        assert not isinstance(value, Tensor) or bool(value.isfinite().all()), key
-
-
-class TenThousandfold(nn.Linear):
-    """A head whose logits are 10,000 times too large."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return 1e4 * super().forward(features)
-
-
-def extreme_net(num_classes: int | None = None) -> Network:
-    net = tiny_net(num_classes)
-    net.head = TenThousandfold(net.num_features, num_classes or K)
-    return net
 
 
 @every_method

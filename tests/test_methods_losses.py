@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from torch.autograd import gradcheck
 from torch.nn import functional
 
 from data.seeds import generator
-from data.table import Batch
 from hparams import declared
 from losses import (
     absolute_error,
@@ -30,51 +29,27 @@ from losses import (
     truncated_generalized_cross_entropy,
 )
 from methods import METHODS
-from methods.base import Clock, SingleNet, first_epoch, half_cosine
+from methods.base import Clock, first_epoch, half_cosine
 from models.network import Network
+from tests.loss_cases import cases, few, gradient, one_hot
 from tests.mutation import Mutation
-from tests.test_losses import cases, few, gradient, one_hot
-from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_task
+from tests.tiny import (
+    BATCH,
+    EPOCHS,
+    K,
+    N,
+    differences,
+    finish,
+    losses_of,
+    make,
+    plain,
+    tiny_data,
+    tiny_task,
+    trained_in_order,
+    without_chance,
+)
 
 Case = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def without_chance(num_classes: int | None = None) -> Network:
-    """A network with batch normalisation and no dropout."""
-    features = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())
-    return Network(features, 54, num_classes or K, 0.0)
-
-
-def in_order() -> InOrder:
-    """Every row once per epoch in a fixed order, the last two batches joined."""
-    data = tiny_data()
-    parts = list(torch.arange(N).split(BATCH))
-    return InOrder.of(data, [*parts[:-2], torch.cat(parts[-2:])])
-
-
-def trained(name: str, **values: Any) -> SingleNet:
-    """The method after the whole budget, from seed 0, with nothing left to chance."""
-    method = make(name, tiny_task(tiny_data(), without_chance), augmentation="none", **values)
-    finish(method, in_order())
-    assert isinstance(method, SingleNet)
-    return method
-
-
-def losses_of(name: str, logits: Tensor, labels: Tensor, clock: Clock | None = None, **values: Any) -> Tensor:
-    """What the method minimises for these logits, per sample."""
-    method = make(name, tiny_task(tiny_data()), **values)
-    index = torch.arange(len(labels))
-    losses: Tensor = method.losses(logits, Batch(torch.empty(0), labels, index), clock or Clock(0, EPOCHS))
-    return losses
 
 
 def label_probability(logits: Tensor, labels: Tensor) -> Tensor:
@@ -143,8 +118,8 @@ def test_mae_at_the_papers_scale_is_the_l1_distance(case: Case) -> None:
 
 
 def test_mae_at_scale_one_is_gce_at_q_one_bit_for_bit() -> None:
-    assert differences(trained("mae", scale=1.0).state_dict(), trained("gce", q=1.0).state_dict()) == []
-    assert differences(trained("mae", scale=1.1).state_dict(), trained("gce", q=1.0).state_dict()) != []
+    assert differences(trained_in_order("mae", scale=1.0).state_dict(), trained_in_order("gce", q=1.0).state_dict()) == []
+    assert differences(trained_in_order("mae", scale=1.1).state_dict(), trained_in_order("gce", q=1.0).state_dict()) != []
 
 
 # Truncated generalised cross-entropy
@@ -194,11 +169,15 @@ def test_pruning_epochs_are_the_published_ones_and_stretch_with_the_budget() -> 
 
 
 def test_truncated_gce_is_gce_bit_for_bit_until_it_prunes() -> None:
-    truncated, plain_gce = trained("truncated-gce", warmup=0.9), trained("gce")
+    truncated, plain_gce = trained_in_order("truncated-gce", warmup=0.9), trained_in_order("gce")
     assert differences(truncated.learner.state_dict(), plain_gce.learner.state_dict()) == []
     assert torch.equal(truncated.given_probability, torch.ones(N))
-    assert differences(trained("truncated-gce", threshold=0.0).learner.state_dict(), plain_gce.learner.state_dict()) == []
-    assert differences(trained("truncated-gce", threshold=0.6).learner.state_dict(), plain_gce.learner.state_dict()) != []
+    assert (
+        differences(trained_in_order("truncated-gce", threshold=0.0).learner.state_dict(), plain_gce.learner.state_dict()) == []
+    )
+    assert (
+        differences(trained_in_order("truncated-gce", threshold=0.6).learner.state_dict(), plain_gce.learner.state_dict()) != []
+    )
 
 
 def test_what_is_pruned_follows_from_predictions_in_evaluation_mode() -> None:
@@ -262,9 +241,9 @@ def test_sce_between_cross_entropy_and_absolute_error(case: Case) -> None:
 
 
 def test_sce_without_the_reverse_is_cross_entropy_bit_for_bit() -> None:
-    ce = trained("ce")
-    assert differences(trained("sce", alpha=1.0, beta=0.0).state_dict(), ce.state_dict()) == []
-    assert differences(trained("sce", alpha=1.0, beta=0.1).state_dict(), ce.state_dict()) != []
+    ce = trained_in_order("ce")
+    assert differences(trained_in_order("sce", alpha=1.0, beta=0.0).state_dict(), ce.state_dict()) == []
+    assert differences(trained_in_order("sce", alpha=1.0, beta=0.1).state_dict(), ce.state_dict()) != []
 
 
 @few
@@ -413,8 +392,14 @@ def test_label_smoothing_has_a_floor(num_classes: int, floor: float) -> None:
 
 
 def test_label_smoothing_at_its_ends() -> None:
-    assert differences(trained("label-smoothing", label_smoothing=0.0).state_dict(), trained("ce").state_dict()) == []
-    assert differences(trained("label-smoothing").state_dict(), trained("ce", label_smoothing=0.1).state_dict()) == []
+    assert (
+        differences(trained_in_order("label-smoothing", label_smoothing=0.0).state_dict(), trained_in_order("ce").state_dict())
+        == []
+    )
+    assert (
+        differences(trained_in_order("label-smoothing").state_dict(), trained_in_order("ce", label_smoothing=0.1).state_dict())
+        == []
+    )
     logits = torch.randn(1, K, generator=generator("logits"))
     of_each = [losses_of("label-smoothing", logits, torch.tensor([j]), label_smoothing=1.0).item() for j in range(K)]
     assert of_each == pytest.approx([of_each[0]] * K), "all mass spread: the label does not matter"
@@ -477,15 +462,15 @@ def test_the_loss_of_mixup_is_linear_in_the_share() -> None:
 
 
 def test_mixup_of_whole_images_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
-    ce = trained("ce")
+    ce = trained_in_order("ce")
     monkeypatch.setattr(METHODS["mixup"], "share", lambda self: 1.0)
-    assert differences(trained("mixup").state_dict(), ce.state_dict()) == [], "bit for bit"
+    assert differences(trained_in_order("mixup").state_dict(), ce.state_dict()) == [], "bit for bit"
     monkeypatch.setattr(METHODS["mixup"], "share", lambda self: 0.0)
-    partners = trained("mixup", lr=1e-3).learner.state_dict()  # a permuted batch is the same batch, but for rounding
-    for key, value in trained("ce", lr=1e-3).learner.state_dict().items():
+    partners = trained_in_order("mixup", lr=1e-3).learner.state_dict()  # a permuted batch is the same batch, but for rounding
+    for key, value in trained_in_order("ce", lr=1e-3).learner.state_dict().items():
         torch.testing.assert_close(partners[key], value, rtol=1e-3, atol=1e-4)
     monkeypatch.undo()
-    assert differences(trained("mixup").state_dict(), ce.state_dict()) != []
+    assert differences(trained_in_order("mixup").state_dict(), ce.state_dict()) != []
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0, 8.0])
@@ -584,10 +569,10 @@ def test_sr_is_its_formula(case: Case, temperature: float, exponent: float, stre
 
 def test_sr_without_the_norm_and_the_sharpening_is_cross_entropy_bit_for_bit() -> None:
     values: dict[str, Any] = {"strength": 0.0, "temperature": 1.0, "normalized": False}
-    ce = trained("ce")
-    assert differences(trained("sr", **values).state_dict(), ce.state_dict()) == []
+    ce = trained_in_order("ce")
+    assert differences(trained_in_order("sr", **values).state_dict(), ce.state_dict()) == []
     for changed in ({"strength": 0.1}, {"temperature": 0.9}, {"normalized": True}):
-        assert differences(trained("sr", **(values | changed)).state_dict(), ce.state_dict()) != []
+        assert differences(trained_in_order("sr", **(values | changed)).state_dict(), ce.state_dict()) != []
 
 
 @pytest.mark.parametrize(
@@ -604,7 +589,7 @@ def test_the_weight_of_the_norm_grows_as_published(strength: float, per_epoch: f
 
 
 def test_sr_predicts_with_the_logits_as_they_are() -> None:
-    method = trained("sr").eval()
+    method = trained_in_order("sr").eval()
     images = tiny_data().images
     torch.testing.assert_close(method.predict(images), method.learner.net(plain(images)).softmax(1))
 
@@ -672,7 +657,6 @@ def test_extreme_logits_of_any_precision_give_finite_float32_and_leave_their_inp
 
 HERE = "tests/test_methods_losses.py::"
 BY_HAND = HERE + "test_a_prediction_worked_by_hand"
-DEFAULTS = HERE + "test_published_defaults"
 FLOOR = HERE + "test_label_smoothing_has_a_floor"
 PRUNING = HERE + "test_pruning_epochs_are_the_published_ones_and_stretch_with_the_budget"
 SHEET = HERE + "test_a_pruned_sample_costs_what_the_sheet_says"
@@ -684,19 +668,8 @@ SHARE = HERE + "test_the_share_has_the_moments_of_the_beta_distribution[1.0]"
 GROWTH = HERE + "test_the_weight_of_the_norm_grows_as_published"
 UNIFORM = HERE + "test_normalized_cross_entropy_of_a_uniform_prediction[10]"
 
-PINNED = HERE + "test_defaults_of_every_method_and_those_that_no_equation_pins"
 
 MUTATIONS = [
-    Mutation("methods/config.py", '        0.05, "learning rate', '        0.055, "learning rate', PINNED),
-    Mutation("methods/config.py", "        1e-3,", "        1.1e-3,", PINNED),
-    Mutation("methods/config.py", "hyperparameter(0.9,", "hyperparameter(0.99,", PINNED),
-    Mutation("methods/config.py", "hyperparameter(128,", "hyperparameter(141,", PINNED),
-    Mutation("methods/config.py", 'hyperparameter(0.0, "prob', 'hyperparameter(0.1, "prob', PINNED),
-    Mutation("methods/config.py", 'hyperparameter(0.0, "mass', 'hyperparameter(0.1, "mass', PINNED),
-    Mutation("methods/gce.py", "        0.7,", "        0.77,", PINNED),
-    Mutation("methods/elr.py", "        3.0,", "        3.3,", PINNED),
-    Mutation("methods/alr.py", "        0.2,", "        0.22,", PINNED),
-    Mutation("methods/co_teaching.py", "        0.2,", "        0.22,", PINNED),
     Mutation("methods/ce.py", "        0.1,", "        0.11,", FLOOR),
     Mutation("losses/cross_entropy.py", "(1 - smoothing) *", "(1.1 - smoothing) *", FLOOR),
     Mutation("losses/cross_entropy.py", "given - smoothing", "given - 1.1 * smoothing", FLOOR),
@@ -707,18 +680,13 @@ MUTATIONS = [
     Mutation("losses/generalized_cross_entropy.py", "(1 - threshold**q)", "(1.1 - threshold**q)", SHEET),
     Mutation("losses/generalized_cross_entropy.py", "threshold**q)", "threshold**(1.1 * q))", SHEET),
     Mutation("losses/generalized_cross_entropy.py", "threshold**q) / q", "threshold**q) / (1.1 * q)", SHEET),
-    Mutation("methods/truncated_gce.py", "        0.5,", "        0.55,", DEFAULTS + "[truncated-gce-published1]"),
     Mutation("methods/truncated_gce.py", "        0.333,", "        0.3663,", PRUNING),
     Mutation("methods/truncated_gce.py", "        0.083,", "        0.0913,", PRUNING),
     Mutation("methods/truncated_gce.py", "max(-1,", "max(-1.1,", PRUNING),
     Mutation("methods/truncated_gce.py", "clock.epoch - 1,", "clock.epoch - 1.1,", PRUNING),
     Mutation("methods/truncated_gce.py", "> self.config.threshold", "> 1.1 * self.config.threshold", SHEET),
-    Mutation("methods/sce.py", "        0.1,", "        0.11,", DEFAULTS + "[sce-published2]"),
-    Mutation("methods/sce.py", "        1.0,", "        1.1,", DEFAULTS + "[sce-published2]"),
-    Mutation("methods/sce.py", "math.log(1e-4)", "math.log(1.1e-4)", DEFAULTS + "[sce-published2]"),
     Mutation("methods/sce.py", "return self.config.alpha", "return 1.1 * self.config.alpha", BY_HAND),
     Mutation("methods/sce.py", "+ self.config.beta", "+ 1.1 * self.config.beta", BY_HAND),
-    Mutation("methods/nce_rce.py", "        1.0,", "        1.1,", DEFAULTS + "[nce-rce-published3]"),
     Mutation("losses/normalized_cross_entropy.py", "/ log_p.sum", "/ 1.1 / log_p.sum", UNIFORM),
     Mutation("methods/dal.py", "        0.6,", "        0.66,", DAL_SCHEDULE),
     Mutation("methods/dal.py", "        1.5,", "        1.65,", DAL_SCHEDULE),
@@ -730,14 +698,9 @@ MUTATIONS = [
     Mutation("methods/dal.py", "q_end - 1))", "q_end - 1.1))", DAL_SCHEDULE),
     Mutation("losses/dynamics_aware.py", "+ bootstrap_weight * own", "+ 1.1 * bootstrap_weight * own", BY_HAND),
     Mutation("losses/dynamics_aware.py", "(q * math.log", "(1.1 * q * math.log", BY_HAND),
-    Mutation("methods/mixup.py", "        1.0,", "        1.1,", DEFAULTS + "[mixup-published6]"),
     Mutation("methods/mixup.py", "first + (1 - share)", "first + (1.1 - share)", MIXED),
     Mutation("methods/mixup.py", "(share * first", "(1.1 * share * first", MIXED),
     Mutation("methods/mixup.py", "mixing_weight(self", "mixing_weight(1.1 * self", SHARE),
-    Mutation("methods/sr.py", "        0.5,", "        0.55,", DEFAULTS + "[sr-published7]"),
-    Mutation("methods/sr.py", "        0.1,", "        0.11,", DEFAULTS + "[sr-published7]"),
-    Mutation("methods/sr.py", "        1.2,", "        1.32,", DEFAULTS + "[sr-published7]"),
-    Mutation("methods/sr.py", "        34.7,", "        38.17,", DEFAULTS + "[sr-published7]"),
     Mutation("methods/sr.py", "return self.config.strength", "return 1.1 * self.config.strength", GROWTH),
     Mutation("methods/sr.py", "pow(self.config.growth,", "pow(1.1 * self.config.growth,", GROWTH),
     Mutation("methods/sr.py", "clock.fraction)", "1.1 * clock.fraction)", GROWTH),

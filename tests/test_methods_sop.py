@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,12 +20,29 @@ from methods.base import Clock, half_cosine
 from methods.sop import SOP, SOPConfig, modelled_noise
 from methods.sop_plus import SOPPlusConfig
 from models.network import Network
+from tests.loss_cases import few
 from tests.mutation import Mutation
-from tests.test_methods_contract import BATCH, EPOCHS, InOrder, K, N, differences, finish, make, plain, tiny_data, tiny_task
-from tests.test_methods_identities import given_one_hot, linear_net, net_state, nets_in_turn, trained, without_dropout
+from tests.tiny import (
+    BATCH,
+    EPOCHS,
+    InOrder,
+    K,
+    N,
+    differences,
+    finish,
+    given_one_hot,
+    linear_net,
+    make,
+    net_state,
+    nets_in_turn,
+    plain,
+    tiny_data,
+    tiny_task,
+    trained,
+    without_dropout,
+)
 from training.statistics import area_under_roc
 
-few = settings(max_examples=40, deadline=None, derandomize=True)
 NEVER = {"given_rate": 0.0, "other_rate": 0.0}
 
 
@@ -382,7 +399,6 @@ def test_sop_plus_steps_by_hand() -> None:
 # Constants: the test that notices when one is changed by a tenth
 
 HERE = "tests/test_methods_sop.py::"
-DEFAULTS = HERE + "test_published_defaults_of_sop"
 GROWTH = HERE + "test_rows_grow_geometrically_by_their_closed_forms[120-8-both]"
 WITHIN = HERE + "test_rows_stay_within_one"
 REFINED = HERE + "test_refined_labels_are_the_given_ones_without_the_modelled_noise"
@@ -393,10 +409,6 @@ ONE = HERE + "test_rows_sum_to_one_before_the_last_clip"
 MUTATIONS = [
     Mutation("methods/sop.py", "REFERENCE_EPOCHS = 120", "REFERENCE_EPOCHS = 132", GROWTH),
     Mutation("methods/sop.py", "REFERENCE_BATCH = 128", "REFERENCE_BATCH = 141", GROWTH),
-    Mutation("methods/sop.py", '10.0, "learning rate of u', '11.0, "learning rate of u', DEFAULTS),
-    Mutation("methods/sop.py", '10.0, "learning rate of v', '11.0, "learning rate of v', DEFAULTS),
-    Mutation("methods/sop.py", "hyperparameter(1e-8,", "hyperparameter(1.1e-8,", DEFAULTS),
-    Mutation("methods/sop.py", "hyperparameter(1e-4,", "hyperparameter(1.1e-4,", DEFAULTS),
     Mutation(
         "methods/sop.py",
         "(config.initial * torch.randn(task.num_samples))",
@@ -427,10 +439,6 @@ MUTATIONS = [
         "removed).clamp_min(1.1 * floor)",
         HERE + "test_corrected_probabilities_are_their_formula",
     ),
-    Mutation("methods/sop_plus.py", '25.0, "learning rate of u', '27.5, "learning rate of u', DEFAULTS),
-    Mutation("methods/sop_plus.py", '25.0, "learning rate of v', '27.5, "learning rate of v', DEFAULTS),
-    Mutation("methods/sop_plus.py", "        0.9,", "        0.99,", DEFAULTS),
-    Mutation("methods/sop_plus.py", "        0.1,", "        0.11,", DEFAULTS),
     Mutation("methods/sop_plus.py", "self.config.consistency * div", "1.1 * self.config.consistency * div", BY_HAND),
     Mutation("methods/sop_plus.py", "self.config.balance * imb", "1.1 * self.config.balance * imb", BY_HAND),
     Mutation("methods/sop_plus.py", "chunk(2)", "chunk(3)", BY_HAND),

@@ -19,7 +19,7 @@ from sqlalchemy import make_url
 
 import search
 from tests.sweeps import make_sweep, new_storage
-from tests.test_tracker import play, read_store, rebuilt, start_sweep, without_ids
+from tests.tracked_sweeps import play, read_store, rebuilt, start_sweep, without_ids
 from tune.report import mlflow_database
 from tune.report.mlflow_database import Unusable, follow_storage, prepare, refusal
 from tune.report.projection import Projection

@@ -31,7 +31,12 @@ def make(name: str, num_classes: int = 10, in_channels: int = 3, size: int | Non
     return make_model(name, in_channels=in_channels, image_size=size, num_classes=num_classes, dropout=dropout)
 
 
-@pytest.fixture(scope="module", params=FROM_SCRATCH)
+DEEPER = ("resnet34", "preact-resnet34")  # the blocks of resnet18 and preact-resnet18, and more of them
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in DEEPER)) for name in FROM_SCRATCH]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each network with dropout of 0.5, and four images for it."""
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from hparams import declared
 from methods import METHODS
 from methods.base import Clock, Method, Task
 from models.network import Network
-from tests.test_methods_contract import EPOCHS, K, make, plain, tiny_data, tiny_net, trusted_data
+from tests.tiny import EPOCHS, K, make, plain, tiny_data, tiny_net, trusted_data
 from training.fit import _train
 from training.statistics import RefinementStatistics
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from methods import METHODS
 from models import make_model
 from models.network import Network
-from tests.test_methods_contract import finish, flat, make, tiny_data, tiny_net, tiny_task
+from tests.tiny import finish, flat, make, tiny_data, tiny_net, tiny_task
 from training.experiment import Recipe, TrialRun
 
 

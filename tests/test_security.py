@@ -15,9 +15,9 @@ import pytest
 
 import search
 from tests.faulty_sweep import FaultySweep
+from tests.refusals import refused
 from tests.sweep_process import make_finished_sweep
 from tests.sweeps import files_with
-from tests.test_command_line import refused
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,11 @@ import yaml
 
 from methods import METHODS, parameters
 from tests.sweep_process import (
+    PATIENCE,
     RAYS_SECONDS,
     ROOT,
     assert_ended,
+    assert_nothing_left,
     assert_projected,
     assert_whole,
     board,
@@ -118,6 +120,7 @@ def test_driver_killed_resumed_torn_and_extended(tmp_path: Path, storage: Path) 
         json.loads(line)
     search("resume", "first", "--storage", storage, env=without_ray(tmp_path / "poison"))
     assert board(storage, "first") == extended
+    assert_nothing_left(storage, "first")
     assert_ended(started, killed + RAYS_SECONDS)
 
 
@@ -137,7 +140,7 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
     wait_until(both_midway, launched, log)
     assert list(folder.glob("checkpoints/*/checkpoint.pt"))
     found[0].kill()
-    assert launched.wait(240) == 0, log.read_text()
+    assert launched.wait(PATIENCE) == 0, log.read_text()
     said = re.search(r"trial (\d) lost its process after epoch (\d+)", log.read_text())
     assert said
     number, epoch = map(int, said.groups())
@@ -148,7 +151,7 @@ def test_worker_killed(tmp_path: Path, storage: Path) -> None:
     assert {path.parent.name for path in folder.glob("checkpoints/*/checkpoint.pt")} == {"0", "1", "2"}
 
 
-def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
+def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path, some_ray: dict[str, str]) -> None:
     """Ctrl-C saves what no checkpoint held yet and says how to go on; ``stop`` does the same from elsewhere; the winners are
     retrained over seeds; ``train``."""
     from mlflow.tracking import MlflowClient
@@ -158,7 +161,7 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
     launched = start(log, "launch", "calm", "--storage", storage, "--spec", spec)
     wait_until(lambda: len(metric_lines(folder)) >= 6, launched, log)
     launched.send_signal(signal.SIGINT)
-    assert launched.wait(60) == 130, log.read_text()
+    assert launched.wait(PATIENCE) == 130, log.read_text()
     epochs = {row["trial"]: row["epochs"] for row in board(storage, "calm") if row["state"] == "running" and row["epochs"]}
     assert epochs
     files = {number: folder / "checkpoints" / str(number) / "checkpoint.pt" for number in epochs}
@@ -177,14 +180,15 @@ def test_interrupted_stopped_retrained(tmp_path: Path, storage: Path) -> None:
         refused = search(verb, "calm", "--storage", storage, check=2).stderr
         assert f"sweep 'calm' is being run by process {resumed.pid} on " in refused, refused
     assert command in search("stop", "calm", "--storage", storage).stdout
-    assert resumed.wait(60) == 143, log.read_text()
-    search("resume", "calm", "--storage", storage, "--trials", len(board(storage, "calm")))  # those that have begun
+    assert resumed.wait(PATIENCE) == 143, log.read_text()
+    begun = len(board(storage, "calm"))
+    search("resume", "calm", "--storage", storage, "--trials", begun, env=some_ray)
     rows = board(storage, "calm")
     assert_whole(folder, rows, len(rows))
     assert_projected(storage, "calm", rows)
     assert "sweep 'calm' exists in " in search("launch", "calm", "--storage", storage, check=2).stderr
 
-    table = search("retrain", "calm", "--storage", storage, "--top", 1, "--seeds", 2, "--json")
+    table = search("retrain", "calm", "--storage", storage, "--top", 1, "--seeds", 2, "--json", env=some_ray)
     (row,) = json.loads(table.stdout)
     assert row["source"] == rows[0]["trial"]
     assert row["params"] == rows[0]["params"]
@@ -249,11 +253,11 @@ def test_damaged_journal_is_left_alone(tmp_path: Path, storage: Path) -> None:
     assert journal.read_bytes() == content
 
 
-def test_every_method_in_one_search(tmp_path: Path, storage: Path) -> None:
+def test_every_method_in_one_search(storage: Path, some_ray: dict[str, str]) -> None:
     """``--method all`` runs each method's published configuration, and more; ``best`` names one and its own parameters."""
     total = len(METHODS) + 2
     options = ("--model", "mlp", "--trials", total, "--epochs", 2, "--trusted", 20, "--concurrent", 2)
-    search("launch", "all", "--storage", storage, "--method", "all", *options)
+    search("launch", "all", "--storage", storage, "--method", "all", *options, env=some_ray)
     rows = board(storage, "all")
     assert_whole(storage / "all", rows, total)
     assert_projected(storage, "all", rows)
@@ -268,7 +272,7 @@ def test_every_method_in_one_search(tmp_path: Path, storage: Path) -> None:
     assert named == {name.removeprefix(rows[0]["method"] + ".") for name in rows[0]["params"]}
 
 
-def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path) -> None:
+def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path, some_ray: dict[str, str]) -> None:
     """A manifest of paths and labels only: launch, best, retrain and the tracker leave out what needs the truth."""
     from mlflow.tracking import MlflowClient
     from PIL import Image
@@ -290,7 +294,7 @@ def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path) -> N
         "--data",
         f"manifest:{tmp_path / 'labels.csv'}",
     )
-    launched = search("launch", "mine", "--storage", storage, *options).stdout
+    launched = search("launch", "mine", "--storage", storage, *options, env=some_ray).stdout
     sizes = "3 classes, images of 8 x 8 x 3; 42 training, 18 validation (noisy labels)"
     assert f"{sizes}\nimages 60 files of 8 x 8 pixels, " in launched
     assert "\nnoise none (seed 0); network mlp\n" in launched
@@ -300,7 +304,7 @@ def test_a_users_images_without_clean_labels(tmp_path: Path, storage: Path) -> N
     assert {row["test_accuracy"] for row in rows} == {None}
     header = search("best", "mine", "--storage", storage).stdout.splitlines()[0]
     assert header.split() == ["trial", "method", "state", "val", "epochs", "seconds", "parameters"]
-    table = search("retrain", "mine", "--storage", storage, "--top", 1, "--seeds", 2).stdout
+    table = search("retrain", "mine", "--storage", storage, "--top", 1, "--seeds", 2, env=some_ray).stdout
     assert "val: noisy validation accuracy (there are no clean test labels) %" in table
     client = MlflowClient(tracking_uri=f"sqlite:///{storage / 'mlflow.db'}")
     run = client.get_run(rows[0]["mlflow_run_id"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from click.testing import CliRunner
 
-from tests.test_tracker import play, read_store, rebuilt, start_sweep, steps_once, without_ids
+from tests.tracked_sweeps import play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune.report import tracker as tracker_module
 from tune.report.leaderboard import noted_runs
 from tune.report.projection import Projection

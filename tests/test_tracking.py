@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import search
-from tests.test_tracker import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
+from tests.tracked_sweeps import Flaky, play, read_store, rebuilt, start_sweep, steps_once, without_ids
 from tune import sweep as sweep_module
 from tune.checks import clean, launch_tracking
 from tune.execution import Outcome

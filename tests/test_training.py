@@ -39,15 +39,6 @@ from training.statistics import HARD, RefinementStatistics, area_under_roc
 CLOCK_METRICS = {"seconds", "samples_per_second"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # -- refinement statistics, four samples of three classes -------------------------------------------------------------
 
 LABELS = torch.tensor([0, 1, 2, 0])

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from data.processors import num_processors
+from errors import UserError
 from tune.cluster import quirks
 from tune.cluster.environment import be_patient, choose_folder, choose_token, free_ports, show_token, token_source
 from tune.cluster.interruption import Interruption
