@@ -208,20 +208,20 @@ def test_each_network_gets_the_others_division(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_both_divisions_are_made_before_any_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    swept: list[int] = []
-    original = dividemix.sweep
+    passes: list[int] = []
+    original = dividemix.pass_over_training_set
 
     def counted(*arguments: Any) -> Any:
-        swept.append(0)
+        passes.append(0)
         return original(*arguments)
 
-    monkeypatch.setattr(dividemix, "sweep", counted)
+    monkeypatch.setattr(dividemix, "pass_over_training_set", counted)
     method = divide_mix()
     batches = iter(method.batches(tiny_data(), LAST))
     next(batches)
-    assert len(swept) == 2
+    assert len(passes) == 2
     assert len(list(batches)) > 1
-    assert len(swept) == 2
+    assert len(passes) == 2
 
 
 def test_losses_can_be_averaged_over_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
