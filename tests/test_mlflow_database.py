@@ -203,7 +203,9 @@ def test_a_locked_database_is_no_damaged_one(storage: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_kills_while_the_database_is_made_leave_it_whole_or_absent(tmp_path: Path) -> None:
     """MLflow's own way leaves two in three of such kills a file that it does not open again."""
-    program = "import sys, pathlib; from tune.mlflow_database import prepare; from tune.projection import load; load();"
+    program = (
+        "import sys, pathlib; from tune.report.mlflow_database import prepare; from tune.report.projection import load; load();"
+    )
     program += "print('ready', flush=True); prepare(pathlib.Path(sys.argv[1]), print)"
     stream, path = random.Random(0), tmp_path / "mlflow.db"
     seconds = 10.0

@@ -65,16 +65,17 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset, idle_gpus: int = 0
 
 
 def views_lines(space: Space, dataset: Dataset) -> list[str]:
-    """How images are changed, and where that is not for every kind of image."""
-    drawn = space.views()
-    said = "; ".join(f"{name}: {VIEW_DESCRIPTIONS[name if name != 'auto' else dataset.source.views]}" for name in sorted(drawn))
-    return [f"views {said}"]
+    """The line that says how images are changed in training, and for which kinds of images that is wrong."""
+    names = sorted(space.views())
+    return [
+        "views " + "; ".join(f"{name}: {VIEW_DESCRIPTIONS[name if name != 'auto' else dataset.source.views]}" for name in names)
+    ]
 
 
 def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:
-    """What noise training and validation labels hold, as JSON: ``matrix[i][j]`` is the share of class i that is labelled j."""
+    """The noise of training and validation labels as JSON: ``matrix[i][j]`` is the share of class i that is labelled j."""
     classes = list(dataset.classes) or [str(label) for label in range(dataset.num_classes)]
-    found = {
+    content = {
         "noise": spec.noise,
         "noise_seed": spec.noise_seed,
         "realised_rate": noise.realised_rate,
@@ -85,4 +86,4 @@ def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:
         "classes": classes,
         "matrix": [[round(share, 6) for share in row] for row in noise.matrix.tolist()],
     }
-    return json.dumps(found) + "\n"
+    return json.dumps(content) + "\n"

@@ -9,8 +9,8 @@ from tune.search.ledger import Ledger
 
 
 def closing_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
-    """What is said of a sweep whose budget is spent. ``idle``: it was so before."""
-    said = [] if ledger.best() else ["no trial is complete: every one was stopped, diverged or failed"]
+    """The lines below the table of a sweep whose budget is spent. ``idle`` says that it was spent before this command."""
+    lines = [] if ledger.best() else ["no trial is complete: every one was stopped, diverged or failed"]
     over = [budget for budget in ledger.budgets() if budget.over]
     if idle or any(budget.name != "trials" for budget in over):
         lead = "nothing was left to do" if idle else "the budget is spent"
@@ -18,12 +18,12 @@ def closing_words(ledger: Ledger, command: str, idle: bool) -> list[str]:
             more = f"wider ranges in a sweep of its own: launch NAME --from {ledger.sweep.name} --range ..."
         else:
             more = " ".join([command, *(f"{budget.flag} N" for budget in over)])
-        said.append(f"{lead}: {', '.join(map(str, over))}; for more: {more}")
-    return said
+        lines.append(f"{lead}: {', '.join(map(str, over))}; for more: {more}")
+    return lines
 
 
 def num_missing(ledger: Ledger) -> int:
-    """Pairs of a configuration and a seed that failed and were not made up for."""
+    """How many pairs of a configuration and a seed failed and have no other run that ended well."""
     pairs: dict[TrialState, set[tuple[int, int]]] = {state: set() for state in TrialState}
     for record in ledger.records.values():
         pairs[record.state].add((record.attrs["source"], record.attrs["seed"]))

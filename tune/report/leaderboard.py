@@ -77,13 +77,13 @@ def percent(share: float | None) -> str:
 
 def leaderboard(board: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[list[str]], str]:
     """Leaderboard rows as a header, lines of text, and what the columns mean; without clean test labels, without ``test``."""
-    tested = any(row["test_accuracy"] is not None for row in board)
+    has_test = any(row["test_accuracy"] is not None for row in board)
     lines = []
     for row in board:
         line = [str(row["trial"]), row["method"], row["state"], percent(row["value"]), percent(row["test_accuracy"])]
         lines.append([*line, str(row["epochs"]), f"{row['seconds']:.1f}", _params(row)])
     meaning = "val: noisy validation accuracy %, what the search selects on"
-    if tested:
+    if has_test:
         return COLUMNS, lines, meaning + "; test: clean test accuracy %"
     at = COLUMNS.index("test")
     return COLUMNS[:at] + COLUMNS[at + 1 :], [line[:at] + line[at + 1 :] for line in lines], meaning
@@ -115,11 +115,11 @@ def saved(record: Record, full: int) -> Usage:
 def cost_metrics(records: Iterable[Record], full: int) -> Iterator[dict[str, float]]:
     """For MLflow, after each finished trial in the order of their ends: what all trials had spent when its last epoch was
     recorded, or an earlier one's if that came later, and what had been saved. What is 0 is left out."""
-    spent = less = Usage()
+    usage = savings = Usage()
     for record in records:
-        spent, less = max(spent, record.usage), less.plus(saved(record, full))
-        values: dict[str, float] = {"spent/hours": spent.seconds / HOUR}
-        for group, cost in (("spent", spent), ("saved", less)):
+        usage, savings = max(usage, record.usage), savings.plus(saved(record, full))
+        values: dict[str, float] = {"spent/hours": usage.seconds / HOUR}
+        for group, cost in (("spent", usage), ("saved", savings)):
             values[f"{group}/epochs"] = cost.epochs
             values[f"{group}/trial_hours"] = cost.trial_seconds / HOUR
             values[f"{group}/gpu_hours"] = cost.gpu_seconds / HOUR
@@ -128,15 +128,15 @@ def cost_metrics(records: Iterable[Record], full: int) -> Iterator[dict[str, flo
 
 def cost_text(ledger: Ledger) -> str:
     """One line: what a sweep has spent, of its budgets where they are limited, and what stopping early has saved."""
-    spent, less = ledger.account.usage, Usage()
+    usage, savings = ledger.account.usage, Usage()
     for record in list(ledger.records.values()):
-        less = less.plus(saved(record, ledger.sweep.spec.epochs))
-    budgets = [str(budget) for budget in ledger.budgets() if budget.name != "gpu_hours" or budget.limit or spent.gpu_seconds]
-    words = [*budgets, f"{spent.epochs} epochs", f"{short_number(spent.trial_seconds / HOUR)} trial-hours"]
+        savings = savings.plus(saved(record, ledger.sweep.spec.epochs))
+    budgets = [str(budget) for budget in ledger.budgets() if budget.name != "gpu_hours" or budget.limit or usage.gpu_seconds]
+    words = [*budgets, f"{usage.epochs} epochs", f"{short_number(usage.trial_seconds / HOUR)} trial-hours"]
     line = "spent: " + ", ".join(words)
     if ledger.kind == SWEEP and ledger.sweep.spec.rungs():
-        line += f"; saved by ASHA: {less.epochs} epochs, {short_number(less.trial_seconds / HOUR)} trial-hours"
-        line += f", {short_number(less.gpu_seconds / HOUR)} GPU-hours" if spent.gpu_seconds else ""
+        line += f"; saved by ASHA: {savings.epochs} epochs, {short_number(savings.trial_seconds / HOUR)} trial-hours"
+        line += f", {short_number(savings.gpu_seconds / HOUR)} GPU-hours" if usage.gpu_seconds else ""
     return line
 
 
@@ -190,7 +190,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row per retrained configuration, in the order of the sweep's leaderboard, which ``rank`` is the place in.
+    """One row per retrained configuration, in the order of the sweep's leaderboard, in which ``rank`` is its place.
 
     ``measure`` says what the mean and ``by_seed`` are: clean test accuracy, or noisy validation accuracy where there are no
     clean test labels. None where a mean or its error is not known.
@@ -201,27 +201,27 @@ def retrain_rows(ledger: Ledger) -> list[dict[str, Any]]:
     for record in ledger.records.values():
         if record.state is TrialState.COMPLETE:
             groups.setdefault(record.attrs["source"], []).append(record)
-    found = []
+    table = []
     for source, records in groups.items():
-        tested = any(record.summary["test_accuracy"] is not None for record in records)
-        by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] if tested else record.value for record in records}
-        known = [value for value in by_seed.values() if value is not None]
-        mean = statistics.fmean(known) if known else None
-        found.append(
+        has_test = any(record.summary["test_accuracy"] is not None for record in records)
+        by_seed = {record.attrs["seed"]: record.summary["test_accuracy"] if has_test else record.value for record in records}
+        values = [value for value in by_seed.values() if value is not None]
+        mean = statistics.fmean(values) if values else None
+        table.append(
             {
                 "source": source,
                 "rank": ranks[source],
                 "method": records[0].method,
                 "seeds": len(records),
-                "measure": "test" if tested else "val",
-                "test_accuracy": mean if tested else None,
+                "measure": "test" if has_test else "val",
+                "test_accuracy": mean if has_test else None,
                 "mean": mean,
-                "standard_error": mean_and_error(known)[1] if len(known) > 1 else None,
+                "standard_error": mean_and_error(values)[1] if len(values) > 1 else None,
                 "by_seed": {str(seed): by_seed[seed] for seed in sorted(by_seed)},
                 "params": {name: value for name, value in records[0].params.items() if name != "method"},
             }
         )
-    return sorted(found, key=lambda row: row["rank"])
+    return sorted(table, key=lambda row: row["rank"])
 
 
 def retrain_text(ledger: Ledger) -> str:

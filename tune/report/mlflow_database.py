@@ -83,7 +83,7 @@ def refusal(path: Path) -> str:
     if not tables:
         return "it is empty"
     with _schema_copy(path) as copy:
-        return _opened(copy)
+        return _why_not_opened(copy)
 
 
 def is_blank(path: Path) -> bool:
@@ -96,49 +96,49 @@ def is_blank(path: Path) -> bool:
 def _make(path: Path) -> None:
     """Puts a new database into its place, unless another process was faster."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / DATABASE
-        if reason := _opened(made):
+        new = Path(folder) / DATABASE
+        if reason := _why_not_opened(new):
             raise OSError(f"a database of MLflow's cannot be made in {folder}: {reason}")
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with _connected(made) as source, _connected(beside) as target:
+            with _connected(new) as source, _connected(beside) as target:
                 source.backup(target)
             _put(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def _put(made: Path, path: Path) -> None:
+def _put(new: Path, path: Path) -> None:
     try:
-        os.link(made, path)  # which replaces nothing
+        os.link(new, path)  # which replaces nothing
     except FileExistsError:
         return
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
         if not path.exists():  # a file system without hard links
-            made.rename(path)
+            new.rename(path)
 
 
 def _replace(path: Path, reason: str, say: Say) -> None:
-    held = _holds_something(path)
-    if held and _is_of_another_version(path):
+    has_content = _holds_something(path)
+    if has_content and _is_of_another_version(path):
         raise Unusable(f"{path} is of another version of MLflow ({reason})")
-    kept = _free_name(path)
-    path.rename(kept)
+    broken = _free_name(path)
+    path.rename(broken)
     for sidecar in SIDECARS:
         with contextlib.suppress(FileNotFoundError):
-            Path(f"{path}{sidecar}").rename(f"{kept}{sidecar}")
+            Path(f"{path}{sidecar}").rename(f"{broken}{sidecar}")
     _make(path)
-    if held:
-        say(f"MLflow's database {path} could not be opened ({reason}); it is kept as {kept.name}, and was made anew")
+    if has_content:
+        say(f"MLflow's database {path} could not be opened ({reason}); it is kept as {broken.name}, and was made anew")
     else:
         for name in ("", *SIDECARS):
-            Path(f"{kept}{name}").unlink(missing_ok=True)
+            Path(f"{broken}{name}").unlink(missing_ok=True)
 
 
-def _opened(path: Path) -> str:
-    """Lets MLflow open, and so complete, a database; what stood in its way, or nothing."""
+def _why_not_opened(path: Path) -> str:
+    """Lets MLflow open a database, and so complete it. Returns what stood in its way; empty where nothing did."""
     quiet()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -177,9 +177,9 @@ def _holds_something(path: Path) -> bool:
 
 def _free_name(path: Path) -> Path:
     number = 1
-    while (kept := path.with_name(f"{path.name}.broken-{number}")).exists():
+    while (free := path.with_name(f"{path.name}.broken-{number}")).exists():
         number += 1
-    return kept
+    return free
 
 
 @contextlib.contextmanager
@@ -194,20 +194,20 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _tables(path: Path) -> list[str]:
     with _connected(path) as connection:
-        found = connection.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite_%'")
-        return [name for (name,) in found.fetchall()]
+        tables = connection.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite_%'")
+        return [name for (name,) in tables.fetchall()]
 
 
 @contextlib.contextmanager
 def _schema_copy(path: Path) -> Iterator[Path]:
-    """A database with the same tables and the same noted version, and no other rows."""
+    """Yields a database with the same tables and the same version, and no other rows."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / DATABASE
         with _connected(path) as source, _connected(copy) as target:
-            made = (
+            statements = (
                 "select sql from sqlite_master where sql is not null and name not like 'sqlite_%' order by type = 'table' desc"
             )
-            for (statement,) in source.execute(made).fetchall():
+            for (statement,) in source.execute(statements).fetchall():
                 target.execute(statement)
             if "alembic_version" in _tables(path):
                 versions = source.execute("select version_num from alembic_version").fetchall()
@@ -228,8 +228,8 @@ def follow_storage(storage: Path) -> None:
     here, so that clearing deleted runs of a copy does not reach for the files of the original."""
     here = (storage / ARTIFACTS).as_uri()
     with _connected(storage / DATABASE) as connection:
-        found = connection.execute("select experiment_id, name, artifact_location from experiments").fetchall()
-        for experiment, name, location in found:
+        experiments = connection.execute("select experiment_id, name, artifact_location from experiments").fetchall()
+        for experiment, name, location in experiments:
             is_here = (storage / ARTIFACTS / name).is_dir() or (storage / name).is_dir()
             if is_here and location != f"{here}/{name}" and str(location).endswith(f"/{ARTIFACTS}/{name}"):
                 _move(connection, experiment, f"/{ARTIFACTS}/{name}", f"{here}/{name}")

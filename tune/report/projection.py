@@ -1,10 +1,9 @@
 """MLflow as a projection of the ledger: everything in it can be rebuilt from the study and ``metrics.jsonl``.
 
-One parent run per study, one child per trial, found again by their tags before one is created; what was deleted in MLflow and
-can be restored is restored. Metrics are sent in batches, at least once, with the times at which they were recorded: MLflow
-keeps the same key, step, time and value as one row, so sending twice changes nothing. How far the sending got is read off each
-run's latest values, so that a run that lacks something, for whatever reason, gets it at the next start. ``tracker.jsonl`` notes
-which run is which trial's.
+A study has one parent run, and a child of it for each trial. Metrics are sent in batches, at least once, with the times at
+which they were recorded. MLflow keeps the same key, step, time and value as one row, so sending twice changes nothing. How far
+the sending got is read off each run's latest values, so a run that lacks something gets it at the next start, whatever the
+reason. ``tracker.jsonl`` notes which run belongs to which trial.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from optuna.trial import TrialState
 
 from tune.report.leaderboard import NOTES, cost_metrics, cost_text, markdown_table, noted_runs, plots_page, rows, short
 from tune.report.mlflow_database import follow_run, follow_storage, is_own, prepare
+from tune.report.stored_runs import StoredRuns, TimedClient, Waiting, is_empty
 from tune.report.tracking import artifacts_uri, quiet, sqlite_path
 from tune.search.ledger import SWEEP, Ledger, Record
 from tune.search.recipes import best_config_text
@@ -32,33 +32,18 @@ STATUS = {
     TrialState.PRUNED: "KILLED",
     TrialState.FAIL: "FAILED",
 }
-Waiting = Callable[[], AbstractContextManager[None]]
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow's pages put a run below another
 BATCH = 1000  # metrics in one request
 TAG_LIMIT = 5000  # characters of a traceback that are kept in a tag
-NOTE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
-
-
-class TimedClient:
-    """An MLflow client that makes every call inside ``waiting()``, by which the tracker knows how long it has taken."""
-
-    def __init__(self, client: Any, waiting: Waiting) -> None:
-        self._client = client
-        self._waiting = waiting
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._client, name)
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            with self._waiting():
-                return call(*arguments, **options)
-
-        return timed
+TABLE_PAUSE = 15.0  # seconds between two rewritings of the parent's table
 
 
 class Projection:
-    """Brings an MLflow store up to the ledger, from wherever it is. Any of its calls may raise what MLflow raises; a new
-    projection then goes on from what the store holds. ``say`` is told what was restored or mended."""
+    """Brings an MLflow store up to the ledger, whatever the store holds.
+
+    Any of its calls may raise what MLflow raises. A new projection then goes on from what the store holds. ``say`` is told
+    what was restored or mended.
+    """
 
     def __init__(
         self,
@@ -80,23 +65,21 @@ class Projection:
         self.client: Any = TimedClient(client, waiting)
         self.notes = ledger.lines(NOTES, fsync=False)
         self.metrics = ledger.lines("metrics.jsonl")
-        self.experiment_id = self._experiment()
         notes = list(self.notes.read())
-        self.noted = {note[role] for note in notes for role in ("parent", "run") if role in note}
+        noted = {note[role] for note in notes for role in ("parent", "run") if role in note}
+        self.stored = StoredRuns(self.client, ledger, uri, noted, say)
+        self.experiment_id = self.stored.experiment_id
         self.last_parent = next((note["parent"] for note in reversed(notes) if "parent" in note), None)
         self.latest: dict[str, Mapping[str, float]] = {}  # run id -> the latest values that it held when it was found
-        self.num_restored = 0
         self.parent = self._parent()
         self.runs: dict[int, str] = {}  # trial number -> run id, once its parameters are there
         self.status: dict[str, str] = {}  # run id -> status in the store
         self.num_finished: int | None = None  # finished trials that the parent's curve holds, once that was looked at
-        self.noted_at = 0.0
+        self.table_written_at = 0.0
         self._find_runs()
-        if self.num_restored:
-            runs = "1 run" if self.num_restored == 1 else f"{self.num_restored} runs"
-            self.say(
-                f"{runs} of {self.sweep.name!r} had been deleted in MLflow and {'is' if runs == '1 run' else 'are'} restored"
-            )
+        if restored := self.stored.num_restored:
+            runs, verb = ("1 run", "is") if restored == 1 else (f"{restored} runs", "are")
+            self.say(f"{runs} of {self.sweep.name!r} had been deleted in MLflow and {verb} restored")
 
     # -- finding what is there ----------------------------------------------------------------------------------------
 
@@ -108,119 +91,47 @@ class Projection:
         if isinstance(storage, Path) and is_own(self.uri, storage):
             follow_storage(storage)
 
-    def _experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.sweep.name)
-        if found:
-            if found.lifecycle_stage == "deleted":
-                self._restore_experiment(str(found.experiment_id))
-            return str(found.experiment_id)
-        location = artifacts_uri(self.uri, self.sweep.storage, self.sweep.name)
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # the pages for training runs, not those for chats
-        return str(self.client.create_experiment(self.sweep.name, artifact_location=location, tags=tags))
-
-    def _restore_experiment(self, experiment_id: str) -> None:
-        """MLflow keeps a deleted experiment's name, and restores all runs with it; those of others are deleted again."""
-        others = [run for run in self._pages(experiment_id, "", deleted=True) if not self._is_ours(run)]
-        self.client.restore_experiment(experiment_id)
-        for run in others:
-            self.client.delete_run(run.info.run_id)
-        rest = f"; {len(others)} other runs in it stay deleted" if others else ""
-        self.say(f"MLflow's experiment {self.sweep.name!r} had been deleted and is restored{rest}")
-
-    def _is_ours(self, run: Any) -> bool:
-        return bool(run.data.tags.get("sweep_id") == self.sweep.provenance["id"])
-
-    def _tags(self, role: str) -> dict[str, str]:
-        return {"sweep": self.sweep.name, "sweep_id": self.sweep.provenance["id"], "study": self.ledger.kind, "role": role}
-
-    def _pages(self, experiment_id: str, wanted: str, *, deleted: bool) -> list[Any]:
-        """The runs that a filter finds, the deleted ones too if asked for."""
-        from mlflow.entities import ViewType
-
-        view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
-        found: list[Any] = []
-        token = None
-        while True:
-            page = self.client.search_runs([experiment_id], wanted, run_view_type=view, max_results=1000, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
-
-    def _search(self, role: str, also: str = "", *, deleted: bool = False) -> list[Any]:
-        wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in self._tags(role).items()) + also
-        return self._pages(self.experiment_id, wanted, deleted=deleted)
-
-    def _choose(self, runs: Iterable[Any], params: Mapping[str, Any], last: str | None = None) -> Any | None:
-        """The one run that goes on, of those with the same tags: an active one before a deleted one, then ``last``, the one
-        that was noted last, then any that was noted, then one that holds something. A deleted one is restored.
-
-        Of the rest what is active goes if it was noted, or holds nothing: it was made by a call whose answer did not come, or
-        was replaced. One that was not noted and holds something belongs to a copy of the sweep on the same server, surely so
-        where its parameters are others.
-        """
-
-        def order(run: Any) -> tuple[bool, ...]:
-            run_id = run.info.run_id
-            return is_deleted(run), run_id != last, run_id not in self.noted, is_empty(run)
-
-        candidates = sorted((run for run in runs if self._may_be(run, params)), key=order)
-        for run in candidates[1:]:
-            if not is_deleted(run) and (is_empty(run) or run.info.run_id in self.noted):
-                self.client.delete_run(run.info.run_id)
-        chosen = candidates[0] if candidates else None
-        if chosen and is_deleted(chosen):
-            self.client.restore_run(chosen.info.run_id)
-            self.num_restored += 1
-        return chosen
-
-    def _may_be(self, run: Any, params: Mapping[str, Any]) -> bool:
-        if is_deleted(run) and is_empty(run):
-            return False
-        known = run.data.params
-        return run.info.run_id in self.noted or all(known.get(key, str(value)) == str(value) for key, value in params.items())
-
     def _parent(self) -> str:
-        found = self._choose(self._search("sweep", deleted=True), {}, self.last_parent)
-        if found:
-            run_id, known, place = str(found.info.run_id), found.data.params, str(found.info.artifact_uri)
-            self.latest[run_id] = found.data.metrics
+        existing = self.stored.choose(self.stored.search("sweep", deleted=True), {}, self.last_parent)
+        if existing:
+            run_id, params, artifacts = str(existing.info.run_id), existing.data.params, str(existing.info.artifact_uri)
+            self.latest[run_id] = existing.data.metrics
             self.client.update_run(run_id, status="RUNNING")
         else:
             name = self.sweep.name if self.ledger.kind == SWEEP else f"{self.sweep.name} {self.ledger.kind}"
             started = int(self.sweep.provenance["created"] * 1000)
-            run = self.client.create_run(self.experiment_id, start_time=started, tags=self._tags("sweep"), run_name=name)
-            run_id, known, place = str(run.info.run_id), {}, str(run.info.artifact_uri)
-        self._follow(run_id, place)
+            run = self.client.create_run(self.experiment_id, start_time=started, tags=self.stored.tags("sweep"), run_name=name)
+            run_id, params, artifacts = str(run.info.run_id), {}, str(run.info.artifact_uri)
+        self._follow(run_id, artifacts)
         spec = {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in self._record().items()}
-        self._send_params(run_id, spec, known)
-        if run_id not in self.noted:
+        self._send_params(run_id, spec, params)
+        if run_id not in self.stored.noted:
             self.notes.append([{"parent": run_id}])
         return run_id
 
-    def _follow(self, run_id: str, place: str) -> None:
-        """The parent's artifacts go to where the storage is now, in a database of its own as well."""
+    def _follow(self, run_id: str, artifacts: str) -> None:
+        """Sets the place of the parent's ``artifacts`` to where the storage is now, also in a database that lies elsewhere."""
         location = artifacts_uri(self.uri, self.sweep.storage, self.sweep.name)
-        if location and not place.startswith(f"{location}/"):
+        if location and not artifacts.startswith(f"{location}/"):
             follow_run(self.uri, run_id, location)
 
     def _record(self) -> dict[str, Any]:
         return {**self.sweep.spec.to_dict(), **{f"made_with.{k}": v for k, v in self.sweep.provenance.items()}}
 
     def _find_runs(self) -> None:
-        """Runs that an earlier process made; what it did not get to, their parameters or a note of them, is made up for."""
+        """Takes over the runs that an earlier process made. Parameters and notes that it did not get to write are added."""
         last = noted_runs(self.ledger)  # those of another store, where the sweep was tracked to one in between
-        found: dict[int, list[Any]] = {}
-        for run in self._search("trial", deleted=True):
-            found.setdefault(int(run.data.tags["trial"]), []).append(run)
-        for number, runs in found.items():
+        runs_by_trial: dict[int, list[Any]] = {}
+        for run in self.stored.search("trial", deleted=True):
+            runs_by_trial.setdefault(int(run.data.tags["trial"]), []).append(run)
+        for number, runs in runs_by_trial.items():
             record = self.ledger.records.get(number)
-            run = self._choose(runs, self._params(record), last.get(number)) if record else None
+            run = self.stored.choose(runs, self._params(record), last.get(number)) if record else None
             if record and run:
                 self._take_over(record, run)
-        lacking = [{"trial": number, "run": run} for number, run in self.runs.items() if last.get(number) != run]
-        if lacking:
-            self.notes.append(lacking)
+        missing = [{"trial": number, "run": run} for number, run in self.runs.items() if last.get(number) != run]
+        if missing:
+            self.notes.append(missing)
 
     def _take_over(self, record: Record, run: Any) -> None:
         run_id = str(run.info.run_id)
@@ -237,21 +148,21 @@ class Projection:
         """Sends what the store lacks. When it returns, the store holds all that the ledger held when it was called."""
         with self.ledger.lock:
             records = list(self.ledger.records.values())
-            ended = [record for record in records if record.finished]
+            finished = [record for record in records if record.finished]
             live = {record.number: "RUNNING" for record in records if not record.finished}
         for record in records:
             if record.number not in self.runs:
                 self._create(record)
         self._send_metrics()
-        for record in ended:
+        for record in finished:
             if self.status[self.runs[record.number]] != STATUS[record.state]:
                 self._terminate(record)
         for number in live:
             self._set_status(self.runs[number], "RUNNING")
-        self._update_parent(sorted(ended, key=lambda record: record.ended_at))
+        self._update_parent(sorted(finished, key=lambda record: record.ended_at))
 
     def _create(self, record: Record) -> None:
-        tags = self._tags("trial") | {"trial": str(record.number), "method": record.method, PARENT: self.parent}
+        tags = self.stored.tags("trial") | {"trial": str(record.number), "method": record.method, PARENT: self.parent}
         tags |= {key: str(value) for key, value in record.attrs.items() if key in ("source", "seed")}
         run = self.client.create_run(
             self.experiment_id, start_time=int(record.started * 1000), tags=tags, run_name=run_name(record)
@@ -264,11 +175,11 @@ class Projection:
     def _params(self, record: Record) -> dict[str, Any]:
         return {"method": record.method, **record.values, "seed": self.ledger.seed(record)}
 
-    def _send_params(self, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
-        """Those that a run lacks: MLflow takes a parameter once, and a resume may change resources."""
+    def _send_params(self, run_id: str, params: Mapping[str, Any], stored: Mapping[str, str]) -> None:
+        """Sends the parameters that are not ``stored``. MLflow takes a parameter once, and a resume may change resources."""
         from mlflow.entities import Param
 
-        missing = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        missing = [Param(key, str(value)) for key, value in params.items() if key not in stored]
         if missing:
             self._log(run_id, params=missing)
 
@@ -281,27 +192,27 @@ class Projection:
         self.client.set_tag(run_id, key, value, synchronous=True)
 
     def _send_metrics(self) -> None:
-        """Sends the epochs that were recorded since the last call; at the first one, of each run those that it lacks."""
+        """Sends the epochs that were recorded since the last call. The first call sends each run what it lacks."""
         from mlflow.entities import Metric
 
-        waiting: dict[int, list[Any]] = {}
+        unsent: dict[int, list[Any]] = {}
         for line in self.metrics.read():
             number = line["trial"]
             if number not in self.ledger.records:
                 continue
             values = {"val/objective": line["objective"], **line["metrics"]}
             at = int(line["time"] * 1000)
-            waiting.setdefault(number, []).extend(Metric(k, v, at, line["epoch"]) for k, v in values.items())
-            if holds(self.latest.get(self.runs.get(number, ""), {}), values):  # and so all that was sent before it
-                del waiting[number]
+            unsent.setdefault(number, []).extend(Metric(k, v, at, line["epoch"]) for k, v in values.items())
+            if are_latest(self.latest.get(self.runs.get(number, ""), {}), values):  # and so all that was sent before it
+                del unsent[number]
         self.latest = {self.parent: self.latest.get(self.parent, {})}
-        for number, metrics in waiting.items():
+        for number, metrics in unsent.items():
             if number not in self.runs:
                 self._create(self.ledger.records[number])
             self._log_metrics(self.runs[number], metrics)
 
     def _log_metrics(self, run_id: str, metrics: list[Any]) -> None:
-        """In the order of their epochs, so that a run that holds one holds all before it."""
+        """Sends metrics in the order of their epochs, so that a run that holds one holds all before it."""
         for start in range(0, len(metrics), BATCH):
             self._log(run_id, metrics=metrics[start : start + BATCH])
 
@@ -322,16 +233,17 @@ class Projection:
             self.client.update_run(run_id, status=status)
             self.status[run_id] = status
 
-    def _update_parent(self, ended: list[Record]) -> None:
-        """The best value so far and what became of the trials, in the order in which they ended; now and then the table."""
+    def _update_parent(self, finished: list[Record]) -> None:
+        """Sends the best value so far and what became of the trials, in the order in which they ended, and now and then the
+        table."""
         from mlflow.entities import Metric
 
-        if len(ended) == self.num_finished:
+        if len(finished) == self.num_finished:
             return
-        curve = self._curve(ended)
+        curve = self._curve(finished)
         if self.num_finished is None:
-            self.num_finished = num_held(self.latest.get(self.parent, {}), curve)
-        new = enumerate(zip(ended, curve, strict=True), 1)
+            self.num_finished = num_sent(self.latest.get(self.parent, {}), curve)
+        new = enumerate(zip(finished, curve, strict=True), 1)
         metrics = [
             Metric(name, value, int(record.ended_at * 1000), step)
             for step, (record, values) in new
@@ -339,23 +251,23 @@ class Projection:
             for name, value in values.items()
         ]
         self._log_metrics(self.parent, metrics)
-        self.num_finished = len(ended)
-        if metrics and time.monotonic() - self.noted_at > NOTE_PAUSE:
+        self.num_finished = len(finished)
+        if metrics and time.monotonic() - self.table_written_at > TABLE_PAUSE:
             self._write_table()
 
-    def _curve(self, ended: list[Record]) -> list[dict[str, float]]:
-        """What the parent shows after each trial that has ended."""
+    def _curve(self, finished: list[Record]) -> list[dict[str, float]]:
+        """The values of the parent's metrics after each trial that has ended."""
         best, counts, curve = -1.0, dict.fromkeys(STATUS, 0), []
-        for record, cost in zip(ended, cost_metrics(ended, self.sweep.spec.epochs), strict=True):
+        for record, cost in zip(finished, cost_metrics(finished, self.sweep.spec.epochs), strict=True):
             counts[record.state] += 1
             if record.state is TrialState.COMPLETE and record.value is not None:
                 best = max(best, record.value)
-            values: dict[str, float] = {counted(state): count for state, count in counts.items()}
+            values: dict[str, float] = {count_name(state): count for state, count in counts.items()}
             curve.append(values | cost | ({"val/objective": best} if best >= 0 else {}))
         return curve
 
     def _write_table(self) -> None:
-        self.noted_at = time.monotonic()
+        self.table_written_at = time.monotonic()
         top = rows(self.ledger, self.runs, self.ledger.leaderboard()[:5])
         self._set_tag(self.parent, "mlflow.note.content", f"{markdown_table(top)}\n\n{cost_text(self.ledger)}.")
         best = self.ledger.best()
@@ -364,8 +276,10 @@ class Projection:
             self._set_tag(self.parent, "best_params", json.dumps({"method": best.method, **best.values}))
 
     def close(self, *, finished: bool) -> None:
-        """The last word: artifacts on the parent, and no run left RUNNING. ``finished``: the budget is used up; otherwise the
-        sweep and its unfinished trials wait (SCHEDULED) for a resume."""
+        """Writes the artifacts of the parent and leaves no run RUNNING.
+
+        ``finished`` says that the budget is used up. Otherwise the sweep and its unfinished trials are SCHEDULED until a resume.
+        """
         self.sync()
         for record in self.ledger.unfinished():
             self._set_status(self.runs[record.number], "SCHEDULED")
@@ -373,7 +287,7 @@ class Projection:
             self.client.set_terminated(self.parent, "FINISHED")
         else:
             self.client.update_run(self.parent, status="SCHEDULED")
-        self._drop_doubles()
+        self._delete_duplicates()
         self._write_table()  # from here on it is the pages that take their time
         best = self.ledger.best() if self.ledger.kind == SWEEP else None  # retraining compares means, not single runs
         if best:
@@ -387,46 +301,37 @@ class Projection:
         if noise:
             self.client.log_text(self.parent, noise, NOISE)
 
-    def _drop_doubles(self) -> None:
-        """Runs that were made without this process hearing of it: the sweep is over, or waits, and they would run for ever."""
+    def _delete_duplicates(self) -> None:
+        """Deletes runs that were made by a call whose answer did not come: they would be RUNNING for ever."""
         own = {self.parent, *self.runs.values()}
         for role in ("sweep", "trial"):
-            for run in self._search(role, also=" and attributes.status = 'RUNNING'"):
+            for run in self.stored.search(role, condition=" and attributes.status = 'RUNNING'"):
                 if run.info.run_id not in own and is_empty(run):
                     self.client.delete_run(run.info.run_id)
 
 
 def load() -> None:
-    """Imports MLflow, which takes seconds, and on a slow disk many."""
+    """Imports MLflow, which takes seconds, and many on a slow disk."""
     quiet()
     importlib.import_module("mlflow.tracking")
 
 
-def counted(state: TrialState) -> str:
+def count_name(state: TrialState) -> str:
     """The name of the metric that counts trials which ended so."""
     return f"trials/{state.name.lower()}"
 
 
-def holds(latest: Mapping[str, float], values: Mapping[str, float]) -> bool:
+def are_latest(latest: Mapping[str, float], values: Mapping[str, float]) -> bool:
     """Whether a run's latest values are these, which include seconds and a loss to the last digit."""
     return all(
         latest.get(name) == value or (value != value and math.isnan(latest.get(name, 0.0))) for name, value in values.items()
     )
 
 
-def num_held(latest: Mapping[str, float], curve: list[dict[str, float]]) -> int:
-    """Up to which step the parent holds its curve: the counts of trials add up to it."""
-    step = int(sum(latest.get(counted(state), 0.0) for state in STATUS))
-    return step if 0 < step <= len(curve) and holds(latest, curve[step - 1]) else 0
-
-
-def is_deleted(run: Any) -> bool:
-    return bool(run.info.lifecycle_stage == "deleted")
-
-
-def is_empty(run: Any) -> bool:
-    """Whether nothing but its tags was ever sent to a run: its parameters come right after it."""
-    return not run.data.params
+def num_sent(latest: Mapping[str, float], curve: list[dict[str, float]]) -> int:
+    """The step up to which the parent holds its curve: the counts of trials add up to it."""
+    step = int(sum(latest.get(count_name(state), 0.0) for state in STATUS))
+    return step if 0 < step <= len(curve) and are_latest(latest, curve[step - 1]) else 0
 
 
 def run_name(record: Record) -> str:

@@ -15,8 +15,11 @@ ARTIFACTS = "mlartifacts"  # beside it, with a folder for each sweep
 
 
 def quiet() -> None:
-    """Telemetry off unless the user turned it on; dead servers answer within seconds; what it raises is
-    not logged by it as well, and no page's address is printed for each run that has ended."""
+    """Sets what MLflow reads from the environment, where the user has not.
+
+    Telemetry is off. A server that is dead is given up within seconds. MLflow does not log what it raises as well, and prints no
+    address for each run that has ended.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # a call whose answer is late may have been carried out
@@ -68,10 +71,10 @@ def absolute_sqlite_uri(uri: str) -> str:
     return sqlite_uri(path.resolve()) + (f"?{query}" if query else "")
 
 
-def tracking_uri(storage: Location, asked: str) -> str:
+def tracking_uri(storage: Location, requested: str) -> str:
     """Where the runs go: what the user asked for, else a database in the storage folder. ValueError where that is a URL."""
-    if asked:
-        return asked
+    if requested:
+        return requested
     if isinstance(storage, Remote):
         raise UserError(f"--storage: {str(storage)!r} holds no database of MLflow's; give a server's address with --tracking")
     return sqlite_uri(storage / DATABASE)
