@@ -205,7 +205,7 @@ def train(options: argparse.Namespace) -> int:
         recipe = from_flags(flags, download=options.download)
     import torch
 
-    from training.experiment import TrialRun
+    from training.trial_run import TrialRun
     from tune.checks import check_compiler
 
     if "OMP_NUM_THREADS" not in os.environ:

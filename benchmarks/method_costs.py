@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from methods import METHODS  # noqa: E402  the checkout is not installed
-from training.experiment import Recipe, TrialRun  # noqa: E402
+from training.trial_run import Recipe, TrialRun  # noqa: E402
 
 TRUSTED = 50
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from optuna.trial import TrialState  # noqa: E402  the checkout is not installed
 
 from methods import METHODS  # noqa: E402
-from training.experiment import EpochRecord  # noqa: E402
+from training.trial_run import EpochRecord  # noqa: E402
 from tune.report.leaderboard import mean_and_error, retrain_rows  # noqa: E402
 from tune.search.coordinator import FINISHED, Coordinator  # noqa: E402
 from tune.search.ledger import RETRAIN, SWEEP, Ledger, Record  # noqa: E402

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.grouping import objective  # noqa: E402  the checkout is not installed
-from training.experiment import EpochRecord  # noqa: E402
+from training.trial_run import EpochRecord  # noqa: E402
 from tune.report.display import Display  # noqa: E402
 from tune.report.projection import Projection  # noqa: E402
 from tune.report.tracking import tracking_uri  # noqa: E402

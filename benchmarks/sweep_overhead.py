@@ -159,7 +159,7 @@ def run_stock(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def train(config: dict[str, Any]) -> None:
         import torch
 
-        from training.experiment import Recipe, TrialRun
+        from training.trial_run import Recipe, TrialRun
 
         torch.set_num_threads(1)
         for record in TrialRun(Recipe(**{**recipe, "values": {**recipe["values"], **config}}), rungs=rungs):
@@ -204,7 +204,7 @@ def replay(work: list[dict[str, Any]], barrier: Any, position: Any, stamps: Any)
     """One slot: takes the next piece of work until none is left. Imports and data are there before the clock starts."""
     import torch
 
-    from training.experiment import Recipe, TrialRun
+    from training.trial_run import Recipe, TrialRun
 
     torch.set_num_threads(1)
     os.nice(NICENESS)

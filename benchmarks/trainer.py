@@ -49,7 +49,7 @@ from data.table import Labelled  # noqa: E402
 from methods.alr import ALRConfig  # noqa: E402
 from methods.base import Clock, half_cosine, memory_momentum  # noqa: E402
 from models import make_model  # noqa: E402
-from training.experiment import Recipe, TrialRun, tested_epochs  # noqa: E402
+from training.trial_run import Recipe, TrialRun, tested_epochs  # noqa: E402
 
 MODELS = {"digits": "small-cnn", "cifar-like": "resnet18"}
 

@@ -16,7 +16,7 @@ class FreeExperiment:
 
     def __init__(self, trial: dict[str, Any]) -> None:
         from training import checkpoint
-        from training.experiment import EpochRecord
+        from training.trial_run import EpochRecord
 
         self.number, self.values = trial["number"], trial["recipe"]["values"]
         self.path = Path(trial["folder"]) / "checkpoint.pt"
@@ -30,8 +30,8 @@ class FreeExperiment:
 
     def advance(self) -> Any:
         from tests.sweeps import made_up
-        from training.experiment import EpochRecord
         from training.fit import Diverged
+        from training.trial_run import EpochRecord
 
         epoch = len(self.history) + 1
         assert epoch <= EPOCHS

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 
 from hparams import Value
 from tests.postgres import dumped
-from training.experiment import EpochRecord
 from training.locations import check_writable
+from training.trial_run import EpochRecord
 from tune.search.coordinator import FINISHED, Coordinator
 from tune.search.ledger import Ledger, Record
 from tune.spec import make_spec

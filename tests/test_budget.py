@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from tests.free_experiment import FreeExperiment
 from tests.sweeps import CREATED, make_sweep, metric_lines
-from training.experiment import EpochRecord
+from training.trial_run import EpochRecord
 from tune.report.closing import closing_words
 from tune.report.leaderboard import cost_metrics, cost_text
 from tune.search.budget import HOUR, Budget, Covered, Usage, short_number

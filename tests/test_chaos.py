@@ -44,7 +44,7 @@ from tests.sweep_process import (
 )
 from tests.sweeps import new_storage, stored_trials
 from training import checkpoint
-from training.experiment import TrialRun
+from training.trial_run import TrialRun
 from tune.report.leaderboard import noted_runs
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from tests.faulty_sweep import FaultySweep, faulty_sweep, wait_for
 from tests.sweep_process import PATIENCE, ROOT, epochs_by_trial, metric_lines
 from tests.sweeps import epoch_record, make_sweep
-from training.experiment import EpochRecord, TrialRun
+from training.trial_run import EpochRecord, TrialRun
 from training.watchdog import NOTE, Watchdog, allowed_seconds, last_words
 from tune.cluster.trial import TrialActor, memory_fraction
 from tune.search.coordinator import Coordinator
@@ -283,7 +283,7 @@ def test_a_trial_is_held_to_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     told: list[Any] = []
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**30, 8 * 2**30))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", told.append)
-    monkeypatch.setattr("training.experiment.TrialRun", lambda recipe, folder, rungs, device: told.append(device))
+    monkeypatch.setattr("training.trial_run.TrialRun", lambda recipe, folder, rungs, device: told.append(device))
     trial = {
         "cpus": 1,
         "recipe": {"method": "ce", "values": {}, "data": "digits", "noise": "none", "model": "mlp", "epochs": 1, "seed": 0},

@@ -25,7 +25,7 @@ from tests.sweep_process import (
     start,
     wait_until,
 )
-from training.experiment import TrialRun
+from training.trial_run import TrialRun
 from tune.search.ledger import Ledger
 from tune.search.recipes import of_trial
 from tune.store.stored_sweep import Sweep

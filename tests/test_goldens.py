@@ -15,7 +15,7 @@ import torch
 from data.seeds import derive
 from methods import METHODS
 from methods.base import Clock
-from training.experiment import Recipe, TrialRun
+from training.trial_run import Recipe, TrialRun
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 NUM_STEPS = 3

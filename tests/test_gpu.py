@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import benchmarks.methods
-from training.experiment import TrialRun
+from training.trial_run import TrialRun
 
 pytestmark = pytest.mark.gpu
 SHARE = 0.4

@@ -12,8 +12,8 @@ import search
 from tests.postgres import Postgres
 from tests.sweeps import make_sweep, play, stored_trials
 from training import checkpoint
-from training.experiment import Recipe, TrialRun
 from training.locations import Location, Remote, check_writable, location, names, remove
+from training.trial_run import Recipe, TrialRun
 from tune.checks import check_storage
 from tune.report.tracking import artifacts_uri
 from tune.search.coordinator import Coordinator

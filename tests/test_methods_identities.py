@@ -44,7 +44,7 @@ from tests.tiny import (
     trained,
     without_dropout,
 )
-from training.experiment import Recipe, TrialRun
+from training.trial_run import Recipe, TrialRun
 
 # The optimiser
 

@@ -14,7 +14,7 @@ from methods import METHODS
 from models import make_model
 from models.network import Network
 from tests.tiny import finish, flat, make, tiny_data, tiny_net, tiny_task
-from training.experiment import Recipe, TrialRun
+from training.trial_run import Recipe, TrialRun
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from data.dataset import DataSpec
-from training.experiment import Recipe, TrialRun
+from training.trial_run import Recipe, TrialRun
 from tune.checks import check_views
 from tune.search.recipes import dataset
 from tune.search.space import Space

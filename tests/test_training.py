@@ -30,11 +30,11 @@ from methods.base import Clock, Step
 from tests.sweeps import in_child
 from training import checkpoint
 from training.checkpoint import UnreadableCheckpoint
-from training.experiment import EpochRecord, Recipe, TrialRun, objective_window
-from training.experiment import tested_epochs as when_tested
 from training.fit import Diverged, accuracy, fit
 from training.locations import Away
 from training.statistics import HARD, RefinementStatistics, area_under_roc
+from training.trial_run import EpochRecord, Recipe, TrialRun, objective_window
+from training.trial_run import tested_epochs as when_tested
 
 CLOCK_METRICS = {"seconds", "samples_per_second"}
 

@@ -92,7 +92,7 @@ class TrialActor(Trainable):
     def _build(self) -> Any:
         import torch
 
-        from training.experiment import Recipe, TrialRun
+        from training.trial_run import Recipe, TrialRun
 
         torch.set_num_threads(max(1, int(self.trial["cpus"])))
         if 0 < self.trial["gpus"] < 1:

@@ -66,10 +66,8 @@ def describe(spec: SweepSpec, space: Space, dataset: Dataset, idle_gpus: int = 0
 
 def views_lines(space: Space, dataset: Dataset) -> list[str]:
     """The line that says how images are changed in training, and for which kinds of images that is wrong."""
-    names = sorted(space.views())
-    return [
-        "views " + "; ".join(f"{name}: {VIEW_DESCRIPTIONS[name if name != 'auto' else dataset.source.views]}" for name in names)
-    ]
+    named = {name: name if name != "auto" else dataset.source.views for name in sorted(space.views())}
+    return ["views " + "; ".join(f"{name}: {VIEW_DESCRIPTIONS[views]}" for name, views in named.items())]
 
 
 def noise_text(spec: SweepSpec, dataset: Dataset, noise: NoiseReport) -> str:

@@ -15,7 +15,7 @@ from data.spec import DataSpec
 from errors import UserError
 from hparams import declared
 from methods import find_method
-from training.experiment import Recipe
+from training.trial_run import Recipe
 from tune.search.ledger import Ledger, Record
 from tune.search.space import Space
 from tune.spec import FIELDS, SpecLoader, SweepSpec, check_trusted, make_spec, read_field, require_trusted
