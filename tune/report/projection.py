@@ -278,7 +278,7 @@ class Projection:
     def close(self, *, finished: bool) -> None:
         """Writes the artifacts of the parent and leaves no run RUNNING.
 
-        ``finished`` says that the budget is used up. Otherwise the sweep and its unfinished trials are SCHEDULED.
+        ``finished`` says that the budget is used up. Otherwise the sweep and unfinished trials are SCHEDULED until a resume.
         """
         self.sync()
         for record in self.ledger.unfinished():
