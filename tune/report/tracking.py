@@ -17,8 +17,8 @@ ARTIFACTS = "mlartifacts"  # beside it, with a folder for each sweep
 def quiet() -> None:
     """Sets what MLflow reads from the environment, where the user has not.
 
-    Telemetry is off. A dead server is given up within seconds. MLflow does not log what it raises as well, and prints no address
-    for each run that has ended.
+    Telemetry is off. A dead server is given up within seconds. What MLflow raises it does not log as well, and it prints no
+    address for each run that has ended.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
