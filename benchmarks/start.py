@@ -49,7 +49,7 @@ def launch(storage: Path, started: float) -> None:
     from tune.search.coordinator import Coordinator
     from tune.spec import make_spec
 
-    spec = make_spec({"method": "ce", "model": "mlp", "trials": 1, "epochs": 3})
+    spec = make_spec({"method": ("ce",), "model": "mlp", "trials": 1, "epochs": 3})
     marks["imports"] = time.time()
 
     prepare, propose = executor._prepare, Coordinator.next

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import ray
-from ray._private import parameter, services, utils, worker
+from ray._private import node, parameter, services, utils, worker
 
 from tests.sweep_process import ROOT
 from tune.cluster import quirks
 
 PRIVATE = (
     r"\b_private\b|_global_node|print_to_stdstream|ConsolePopen|set_sigterm_handler|ENV_VARS_TO_PROPAGATE|\b_print\b"
-    r"|maybe_enable_token|RayParams"
+    r"|maybe_enable_token|RayParams|start_api_server"
 )
 
 
@@ -98,6 +98,21 @@ def test_ray_params() -> None:
         quirks.ports_of_agents({"some_port": 1}),
     ):
         pass
+
+
+def test_start_api_server() -> None:
+    """And the switches of RayParams, which Ray reads where it starts the processes."""
+    started = inspect.getsource(node.Node.start_head_processes)
+    assert "self.start_api_server(" in started
+    assert "if not self._ray_params.no_monitor:" in started
+    assert "if self._ray_params.include_log_monitor:" in inspect.getsource(node.Node.start_ray_processes)
+    real = node.Node.start_api_server
+    with quirks.fewer_servers(), quirks.ports_of_agents({"dashboard_agent_listen_port": 1027}):
+        assert node.Node.start_api_server is not real
+        parameters = parameter.RayParams(num_cpus=3)
+    assert (parameters.no_monitor, parameters.include_log_monitor, parameters.num_cpus) == (True, False, 3)
+    assert node.Node.start_api_server is real
+    assert parameter.RayParams().no_monitor is False
 
 
 def test_env_vars_to_propagate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,6 @@ def run(
         if line := choose_folder():
             say(line)
     own_ray = OwnRay()
-    threading.Thread(target=_import_tune, name="import-tune", daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):  # ours, or what Ray makes of it
             interruption.why_ray_died = (lambda: "") if address else own_ray.why_died
@@ -106,11 +104,6 @@ def run(
         interruption.why_ray_died = lambda: ""
         shut_down()
         interruption.listen()
-
-
-def _import_tune() -> None:
-    """Imports Tune, which takes seconds, while the main thread waits for Ray's processes."""
-    import ray.tune  # noqa: F401
 
 
 class OwnRay:
@@ -189,7 +182,12 @@ def _start() -> None:
     meanwhile."""
     import ray
 
-    with contextlib.chdir(ROOT), quirks.servers_in_their_own_session(), quirks.ports_of_agents(free_ports()):
+    with (
+        contextlib.chdir(ROOT),
+        quirks.servers_in_their_own_session(),
+        quirks.ports_of_agents(free_ports()),
+        quirks.fewer_servers(),
+    ):
         ray.init(
             address="local",
             num_cpus=num_processors(),
