@@ -66,22 +66,16 @@ def ports_of_agents(ports: Mapping[str, int]) -> Iterator[None]:
     Replaces ``ray._private.parameter.RayParams`` and ``ray._private.services.ConsolePopen`` while Ray starts. ``ports``: by
     their names in RayParams.
     """
-    from ray._private import parameter, services
+    from ray._private import services
 
-    parameters: Any = parameter.RayParams
-    for name in ports:
-        _check(parameters(), name)
     _check(services, "ConsolePopen")
     popen: Any = services.ConsolePopen
-    flag = f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"
 
     def start(command: list[str], **options: Any) -> Any:
+        flag = f"--dashboard_agent_listen_port={ports['dashboard_agent_listen_port']}"
         return popen([*command, flag] if Path(command[0]).name == "raylet" else command, **options)
 
-    with (
-        _replaced(parameter, "RayParams", lambda **given: parameters(**given | ports)),
-        _replaced(services, "ConsolePopen", start),
-    ):
+    with _ray_params(ports), _replaced(services, "ConsolePopen", start):
         yield
 
 
@@ -93,15 +87,11 @@ def fewer_servers() -> Iterator[None]:
 
     Replaces ``ray._private.node.Node.start_api_server`` and ``ray._private.parameter.RayParams`` while Ray starts.
     """
-    from ray._private import node, parameter
+    from ray._private import node
 
-    parameters: Any = parameter.RayParams
-    switches = {"no_monitor": True, "include_log_monitor": False}
-    for name in switches:
-        _check(parameters(), name)
     with (
+        _ray_params({"no_monitor": True, "include_log_monitor": False}),
         _replaced(node.Node, "start_api_server", lambda self, **options: None),
-        _replaced(parameter, "RayParams", lambda **given: parameters(**given | switches)),
     ):
         yield
 
@@ -122,6 +112,18 @@ def _check(owner: object, name: str) -> None:
     import ray
 
     assert hasattr(owner, name), f"Ray {ray.__version__} has no {name} in {owner} any more; see {__name__}, made for {VERSION}"
+
+
+@contextlib.contextmanager
+def _ray_params(values: Mapping[str, object]) -> Iterator[None]:
+    """Sets parameters of a Ray that starts meanwhile, for which ``ray.init`` has no arguments."""
+    from ray._private import parameter
+
+    make: Any = parameter.RayParams
+    for name in values:
+        _check(make(), name)
+    with _replaced(parameter, "RayParams", lambda **others: make(**{**others, **values})):
+        yield
 
 
 @contextlib.contextmanager
