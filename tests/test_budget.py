@@ -28,7 +28,7 @@ from tune.sweep import enqueue_retraining
 SECONDS = 360.0  # of an epoch, a tenth of an hour
 
 
-def open_desk(sweep: Sweep, concurrent: int = 1) -> Coordinator:
+def open_coordinator(sweep: Sweep, concurrent: int = 1) -> Coordinator:
     """What a driver has after its start."""
     return Coordinator(Ledger(sweep), total=sweep.spec.trials, concurrent=concurrent)
 
@@ -94,7 +94,7 @@ def test_the_union_of_any_intervals_is_the_seconds_that_one_of_them_holds(seed: 
 def test_spent_by_hand(tmp_path: Path) -> None:
     """Two trials side by side, a pause, one alone, an hour per unit: 0 to 2 and 1 to 3, then 5 to 6."""
     sweep = make_sweep(tmp_path, gpus_per_trial=0.25, scheduler="none")
-    coordinator = open_desk(sweep, concurrent=2)
+    coordinator = open_coordinator(sweep, concurrent=2)
     first, second = take(coordinator, "a"), take(coordinator, "b")
     coordinator.result("a", [epoch_until(1, 2 * HOUR, 2 * HOUR, gpus=0.25)], failure=None, diverged=False)
     assert first.usage == Usage(1, 2 * HOUR, 2 * HOUR, 0.5 * HOUR)
@@ -167,7 +167,7 @@ def test_gpu_hours_across_a_resume_with_another_share_of_a_gpu(tmp_path: Path) -
     sweep = make_sweep(
         tmp_path, gpus_per_trial=0.5, gpu_hours=1.0, scheduler="none", checkpoint_seconds=0.0, report_seconds=0.0
     )
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     actor = FreeActor(coordinator.config(take(coordinator)))
     assert step(coordinator, actor)
     assert step(coordinator, actor)
@@ -175,7 +175,7 @@ def test_gpu_hours_across_a_resume_with_another_share_of_a_gpu(tmp_path: Path) -
     assert before.gpu_seconds == 2 * 0.25 * 0.5
     step(coordinator, actor, told=False)
     sweep = changed(sweep, gpus_per_trial=2.0)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     assert coordinator.ledger.account.usage == before
     actor = FreeActor(coordinator.config(take(coordinator)))
     while step(coordinator, actor):
@@ -199,12 +199,12 @@ def test_whichever_ends_first(tmp_path: Path, after: tuple[int, int, int]) -> No
     sweep = make_sweep(tmp_path, epochs=2, gpus_per_trial=0.5, scheduler="none", **limits)
     names = sorted(limits, key=lambda name: dict(zip(limits, after, strict=True))[name])
     for number, name in enumerate(names, 2):
-        coordinator = open_desk(sweep)
+        coordinator = open_coordinator(sweep)
         run_one_after_the_other(coordinator)
         assert len(coordinator.ledger.records) == number
         assert [budget.name for budget in coordinator.ledger.budgets() if budget.over] == [name]
         assert Ledger(sweep).is_finished
-        assert open_desk(sweep).next("a") == FINISHED
+        assert open_coordinator(sweep).next("a") == FINISHED
         sweep = changed(sweep, **{name: 100})
     assert not Ledger(sweep).is_finished
 
@@ -213,7 +213,7 @@ def test_whichever_ends_first(tmp_path: Path, after: tuple[int, int, int]) -> No
 def test_trials_that_have_begun_are_finished_and_no_new_one_begins(tmp_path: Path, limits: dict[str, float]) -> None:
     """Three at a time when the budget ends, one of them left unfinished by a kill."""
     sweep = make_sweep(tmp_path, trials=9, gpus_per_trial=1.0, scheduler="none", **limits)
-    coordinator = open_desk(sweep, concurrent=3)
+    coordinator = open_coordinator(sweep, concurrent=3)
     for key in "abc":
         take(coordinator, key)
         end = 0.5 * SECONDS * (1 + "abc".index(key))
@@ -228,7 +228,7 @@ def test_trials_that_have_begun_are_finished_and_no_new_one_begins(tmp_path: Pat
     coordinator.lost("b")  # its worker died
     assert take(coordinator, "e").number == 1
     assert not Ledger(sweep, read_only=True).is_finished
-    coordinator = open_desk(sweep, concurrent=3)  # and now the driver
+    coordinator = open_coordinator(sweep, concurrent=3)  # and now the driver
     assert [take(coordinator, key).number for key in "bc"] == [1, 2]
     for key in "bc":
         assert coordinator.next("d") is None
@@ -251,13 +251,13 @@ def play_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_the_clock_counts_where_epochs_are_not_recorded_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of an hour was spent by an earlier driver; this one's clock starts at 1000 with its first trial."""
     sweep = make_sweep(tmp_path, trials=9, hours=1.0, scheduler="none", epochs=1)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     take(coordinator)
     coordinator.result("a", [epoch_until(1, 1800, 1800)], failure=None, diverged=False)
     coordinator.released("a")
     set_clock = play_clock(monkeypatch)
     set_clock(500)
-    coordinator = open_desk(sweep, concurrent=9)
+    coordinator = open_coordinator(sweep, concurrent=9)
     set_clock(1000)
     take(coordinator, "a")
     set_clock(1000 + 1799)
@@ -281,7 +281,7 @@ def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch:
     sweep = make_sweep(tmp_path, trials=9, hours=1.0, scheduler="none", epochs=1)
     set_clock = play_clock(monkeypatch)
     set_clock(0)
-    coordinator = open_desk(sweep, concurrent=9)
+    coordinator = open_coordinator(sweep, concurrent=9)
     take(coordinator)
     set_clock(3700)
     assert coordinator.next("b") is None
@@ -301,7 +301,7 @@ def test_when_nothing_runs_the_ledger_alone_decides(tmp_path: Path, monkeypatch:
 
 def test_a_failed_trial_spends_hours_too(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=9, hours=0.1, scheduler="none")
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     take(coordinator)
     coordinator.result("a", [epoch_until(1, SECONDS, SECONDS)], failure="Traceback\nRuntimeError: out of paper", diverged=False)
     coordinator.released("a")
@@ -314,7 +314,7 @@ def test_a_failed_trial_spends_hours_too(tmp_path: Path) -> None:
 def test_what_is_said_at_the_end(tmp_path: Path) -> None:
     """A sweep that has run all its trials ends without a word; a resume names all that must be raised."""
     sweep = make_sweep(tmp_path, trials=2, epochs=2, gpus_per_trial=0.5, scheduler="none")
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     run_one_after_the_other(coordinator)
     assert closing_words(coordinator.ledger, "resume first", idle=False) == []
     assert closing_words(coordinator.ledger, "resume first", idle=True) == [
@@ -329,7 +329,7 @@ def test_what_is_said_at_the_end(tmp_path: Path) -> None:
 
 def test_a_retraining_is_not_limited(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=2, epochs=2, hours=0.1, gpu_hours=0.1, gpus_per_trial=0.5, scheduler="none")
-    run_one_after_the_other(open_desk(sweep))
+    run_one_after_the_other(open_coordinator(sweep))
     best = Ledger(sweep).best()
     assert best is not None
     (sweep.folder / RETRAIN).mkdir()

@@ -489,7 +489,7 @@ def play_while(disturb: Callable[[], None], pause: float, store: PostgresStore) 
     check_whole(sweep, 40, 5)
 
 
-def test_a_database_that_is_restarted_under_a_running_desk(own_server: Postgres, tmp_path: Path) -> None:
+def test_a_database_that_is_restarted_under_a_running_sweep(own_server: Postgres, tmp_path: Path) -> None:
     """Three times, as at a crash, at any point of the coordinator's work: it waits, takes its lock again, and goes on."""
 
     def restart() -> None:

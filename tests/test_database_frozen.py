@@ -231,7 +231,7 @@ def test_ctrl_c_is_heard_while_the_database_is_frozen(server: Postgres, tmp_path
 
 
 @pytest.mark.parametrize("answer_seconds", [30, 0.3], ids=["in a statement", "while it connects"])
-def test_in_a_hurry_nobody_waits_for_another_thread(
+def test_once_it_is_ending_nobody_waits_for_another_thread(
     server: Postgres, monkeypatch: pytest.MonkeyPatch, answer_seconds: float
 ) -> None:
     """Nor is a connection attempted, of which each would take seconds."""

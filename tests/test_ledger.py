@@ -35,7 +35,7 @@ def stored(sweep: Sweep, name: str = "sweep") -> list[FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
 
 
-def open_desk(sweep: Sweep, *, concurrent: int = 2, total: int | None = None) -> Coordinator:
+def open_coordinator(sweep: Sweep, *, concurrent: int = 2, total: int | None = None) -> Coordinator:
     """What a driver has after its start."""
     return Coordinator(Ledger(sweep), total=total or sweep.spec.trials, concurrent=concurrent)
 
@@ -59,7 +59,7 @@ def run_to(coordinator: Coordinator, key: str, last: int, value: float = 0.5) ->
 
 def test_each_end_is_told_as_it_happened(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, epochs=4, trials=9, scheduler="none")
-    coordinator = open_desk(sweep, concurrent=4)
+    coordinator = open_coordinator(sweep, concurrent=4)
     complete, diverged, failed, running = (take(coordinator, key) for key in "abcd")
     assert run_to(coordinator, "a", 4, 0.625) is False
     coordinator.released("a")
@@ -84,7 +84,7 @@ def test_each_end_is_told_as_it_happened(tmp_path: Path) -> None:
 
 def test_a_trial_that_asha_stops_is_pruned_at_its_last_step(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, epochs=9, trials=9, reduction_factor=3)  # rungs at 1 and 3
-    coordinator = open_desk(sweep, concurrent=5)
+    coordinator = open_coordinator(sweep, concurrent=5)
     for key, value in zip("abcd", (0.5, 0.6, 0.7, 0.8), strict=True):
         take(coordinator, key)
         assert run_to(coordinator, key, 3, value)
@@ -100,7 +100,7 @@ def test_a_trial_that_asha_stops_is_pruned_at_its_last_step(tmp_path: Path) -> N
 
 def test_diverged_before_its_first_epoch(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     take(coordinator)
     coordinator.result("a", [], failure=None, diverged=True)
     coordinator.released("a")
@@ -134,13 +134,13 @@ def test_a_trial_that_gets_ahead_may_lose_any_number_of_processes(tmp_path: Path
 
 def test_a_trial_that_loses_three_processes_has_failed(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    coordinator = open_desk(sweep, concurrent=1)
+    coordinator = open_coordinator(sweep, concurrent=1)
     take(coordinator)
     run_to(coordinator, "a", 2)
     for _ in range(MAX_LOST - 1):
         coordinator.lost("a")
         take(coordinator)
-    coordinator = open_desk(sweep, concurrent=1)  # the count outlives the driver
+    coordinator = open_coordinator(sweep, concurrent=1)  # the count outlives the driver
     take(coordinator)
     coordinator.lost("a")
     (trial,) = stored(sweep)
@@ -151,7 +151,7 @@ def test_a_trial_that_loses_three_processes_has_failed(tmp_path: Path) -> None:
 
 def test_losing_or_ending_what_is_not_there_does_nothing(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     before = bytes_below(sweep.folder)
     coordinator.lost("nobody")
     coordinator.released("nobody")
@@ -160,7 +160,7 @@ def test_losing_or_ending_what_is_not_there_does_nothing(tmp_path: Path) -> None
 
 def test_an_interrupted_trial_stays_running(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     take(coordinator)
     run_to(coordinator, "a", 1)
     coordinator.halted.set()
@@ -175,14 +175,14 @@ def test_an_interrupted_trial_stays_running(tmp_path: Path) -> None:
 def test_a_kill_between_summary_and_state_leaves_a_running_trial(tmp_path: Path) -> None:
     """Its summary is written, its state is not: it runs on, and is shown so."""
     sweep = make_sweep(tmp_path)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     record = take(coordinator)
     run_to(coordinator, "a", 2)
     coordinator.ledger._set_attr(record, "summary", {"epochs": 2, "seconds": 1.0, "diverged": True, "error": TRACEBACK})
     for ledger in (Ledger(sweep), Ledger(sweep, read_only=True)):
         (row,) = rows(ledger, {})
         assert (row["state"], row["error"]) == ("running", None)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     take(coordinator)
     run_to(coordinator, "a", 4)
     coordinator.released("a")
@@ -195,7 +195,7 @@ def test_a_kill_between_summary_and_state_leaves_a_running_trial(tmp_path: Path)
 
 def test_none_means_not_now_and_finished_that_the_budget_is_spent(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=3, scheduler="none")
-    coordinator = open_desk(sweep, concurrent=2)
+    coordinator = open_coordinator(sweep, concurrent=2)
     take(coordinator, "a")
     take(coordinator, "b")
     assert coordinator.next("c") is None  # two at a time
@@ -218,7 +218,7 @@ def test_none_means_not_now_and_finished_that_the_budget_is_spent(tmp_path: Path
 
 def test_five_failures_in_a_row_stop_the_sweep_with_the_last_message(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=20, scheduler="none")
-    coordinator = open_desk(sweep, concurrent=1)
+    coordinator = open_coordinator(sweep, concurrent=1)
     for number in range(2 * MAX_FAILURES - 1):
         take(coordinator)
         if number == MAX_FAILURES - 2:  # one that ends well starts the count anew
@@ -229,7 +229,7 @@ def test_five_failures_in_a_row_stop_the_sweep_with_the_last_message(tmp_path: P
         assert coordinator.halted.is_set() == (number == 2 * MAX_FAILURES - 2)
     assert coordinator.problem == "5 trials in a row failed; the last one: RuntimeError: out of paper 8"
     assert coordinator.next("a") == FINISHED
-    assert take(open_desk(sweep)).number == 9, "a resume tries again"
+    assert take(open_coordinator(sweep)).number == 9, "a resume tries again"
 
 
 def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pyt
     halts = 0
     for writes in range(60):
         sweep = make_sweep(tmp_path, f"full-{writes}", trials=2, epochs=3, sampler="random")
-        coordinator = open_desk(sweep, concurrent=1)
+        coordinator = open_coordinator(sweep, concurrent=1)
         with monkeypatch.context() as patch:
             full.left = writes
             patch.setattr(LineFile, "_write", lambda file, descriptor, data: full(file, descriptor, data))
@@ -257,7 +257,7 @@ def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pyt
             break
         halts += 1
         assert coordinator.problem == "the ledger cannot be written: [Errno 28] No space left on device"
-        coordinator = open_desk(sweep, concurrent=1)
+        coordinator = open_coordinator(sweep, concurrent=1)
         play(coordinator)
         assert [trial.state.name for trial in stored(sweep)] == ["COMPLETE"] * 2
         assert [(line["trial"], line["epoch"]) for line in metric_lines(sweep)] == [(t, e) for t in (0, 1) for e in (1, 2, 3)]
@@ -270,10 +270,10 @@ def test_a_full_disk_halts_and_a_resume_goes_on(tmp_path: Path, monkeypatch: pyt
 
 def test_a_running_trial_is_adopted_under_its_number(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=3)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     first, second = take(coordinator, "a"), take(coordinator, "b")
     run_to(coordinator, "b", 2, 0.25)
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     again = [take(coordinator, key) for key in "cd"]
     assert [record.number for record in again] == [0, 1]
     for record, before in zip(again, (first, second), strict=True):
@@ -298,7 +298,7 @@ def test_a_proposal_that_was_cut_off_is_completed(tmp_path: Path) -> None:
         shown = Ledger(cut, read_only=True).records[0]  # a reader completes nothing
         there = stored(cut)[0].params
         assert (shown.status, shown.params) == ("running", there)
-        record = take(open_desk(cut))
+        record = take(open_coordinator(cut))
         assert record.number == 0
         assert there.items() <= record.params.items()
         assert record.params == stored(cut)[0].params
@@ -313,7 +313,7 @@ def test_a_search_that_is_resumed_goes_on_where_it_was(tmp_path: Path, methods: 
     """One trial at a time, a new driver for each, one of them killed before a first parameter: the very same search."""
     fields: dict[str, Any] = {"method": tuple(methods.split(",")), "trials": 14, "epochs": 1, "sampler": sampler}
     undisturbed = make_sweep(tmp_path, "undisturbed", **fields)
-    play(open_desk(undisturbed, concurrent=1))
+    play(open_coordinator(undisturbed, concurrent=1))
     resumed = make_sweep(tmp_path, "resumed", **fields)
     for total in range(1, 15):
         if total == 12:
@@ -322,7 +322,7 @@ def test_a_search_that_is_resumed_goes_on_where_it_was(tmp_path: Path, methods: 
             Ledger(resumed).ask()
             created = journal.read_bytes()[len(before) :].splitlines(keepends=True)[0]
             journal.write_bytes(before + created)
-        play(open_desk(resumed, concurrent=1, total=total))
+        play(open_coordinator(resumed, concurrent=1, total=total))
     params = [trial.params for trial in stored(resumed)]
     assert params == [trial.params for trial in stored(undisturbed)]
     assert len({json.dumps(one) for one in params}) == 14
@@ -377,7 +377,7 @@ def test_an_epoch_that_stands_in_the_metrics_alone_is_put_into_the_study(tmp_pat
 def test_a_trial_whose_last_epoch_decides_it_is_not_run_again(tmp_path: Path) -> None:
     """The driver was killed between an epoch's value and the end of its trial."""
     sweep = make_sweep(tmp_path, trials=5, epochs=9, reduction_factor=3)
-    coordinator = open_desk(sweep, concurrent=5)
+    coordinator = open_coordinator(sweep, concurrent=5)
     for key in "abcde":
         take(coordinator, key)
     for key in "abc":
@@ -385,7 +385,7 @@ def test_a_trial_whose_last_epoch_decides_it_is_not_run_again(tmp_path: Path) ->
     run_to(coordinator, "d", 9, 0.875)
     run_to(coordinator, "e", 3, 0.25)
     assert [trial.state.name for trial in stored(sweep)] == ["RUNNING"] * 5
-    coordinator = open_desk(sweep, concurrent=5)
+    coordinator = open_coordinator(sweep, concurrent=5)
     assert [trial.state.name for trial in stored(sweep)] == ["RUNNING"] * 3 + ["COMPLETE", "PRUNED"]
     assert [take(coordinator, key).number for key in "abc"] == [0, 1, 2]
     assert coordinator.next("d") is None
@@ -394,7 +394,7 @@ def test_a_trial_whose_last_epoch_decides_it_is_not_run_again(tmp_path: Path) ->
 def test_epochs_that_the_ledger_has_are_dropped(tmp_path: Path) -> None:
     """A worker that was restored from an older checkpoint says them again, with a time of its own."""
     sweep = make_sweep(tmp_path, scheduler="none")
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     record = take(coordinator)
     coordinator.result("a", [epoch_record(epoch, 0.5) for epoch in (1, 2)], failure=None, diverged=False)
     said_again = [epoch_record(epoch, 0.75) for epoch in (1, 2, 3)]
@@ -407,7 +407,7 @@ def test_epochs_that_the_ledger_has_are_dropped(tmp_path: Path) -> None:
 def test_a_reader_changes_nothing(tmp_path: Path) -> None:
     """Whatever it finds: running trials, a torn line, an epoch that stands in the metrics alone."""
     sweep = make_sweep(tmp_path, trials=6, epochs=9, scheduler="none")
-    play(open_desk(sweep), keep={3})
+    play(open_coordinator(sweep), keep={3})
     with (sweep.folder / "journal.log").open("ab") as torn:
         torn.write(b'{"op_code":7,"trial')
     with (sweep.folder / "metrics.jsonl").open("ab") as torn:
@@ -444,7 +444,7 @@ def refusal(sweep: Sweep) -> str:
 def test_any_damage_is_one_clear_line_and_the_file_is_left(tmp_path: Path) -> None:
     """Each line of the journal and of the metrics in turn: cut short, left out, given another key, another trial, nonsense."""
     sweep = make_sweep(tmp_path, trials=3, epochs=2)
-    play(open_desk(sweep))
+    play(open_coordinator(sweep))
     num_refused = 0
     for name in ("journal.log", "metrics.jsonl"):
         path = sweep.folder / name
@@ -475,7 +475,7 @@ def test_any_damage_is_one_clear_line_and_the_file_is_left(tmp_path: Path) -> No
 
 def test_damage_names_the_line(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
-    play(open_desk(sweep))
+    play(open_coordinator(sweep))
     path = sweep.folder / "journal.log"
     path.write_bytes(path.read_bytes().replace(b'"op_code":8', b'"op_code":99', 1))
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if '"op_code":99' in text)
@@ -526,7 +526,7 @@ def test_the_leaderboard_is_complete_then_stopped_then_running_then_failed(tmp_p
 def test_the_leaderboard_that_grew_with_the_sweep_is_the_sorted_one(tmp_path: Path) -> None:
     """Kept in order as trials end, in whatever order that is: the same as in a ledger that is opened afterwards."""
     sweep = make_sweep(tmp_path, trials=40, epochs=9)
-    coordinator = open_desk(sweep, concurrent=5)
+    coordinator = open_coordinator(sweep, concurrent=5)
     play(coordinator, keep={7, 21})
     board = coordinator.ledger.leaderboard()
     words = ["complete", "stopped", "running"]
@@ -557,20 +557,20 @@ def test_only_a_complete_trial_is_best(tmp_path: Path) -> None:
 def test_checkpoints_are_kept_for_running_trials_and_the_best_few(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=12, epochs=3, scheduler="none")
     order = [0.1, 0.9, 0.2, 0.8, 0.85, 0.3, 0.7, 0.75, 0.4, 0.5, 0.95, 0.6]
-    coordinator = open_desk(sweep)
+    coordinator = open_coordinator(sweep)
     play(coordinator, lambda record, epoch: order[record.number], keep={9})
     best = sorted(set(range(12)) - {9}, key=lambda number: -order[number])[:KEPT_CHECKPOINTS]
     held = {int(folder.name) for folder in (sweep.folder / "checkpoints").iterdir()}
     assert held == {*best, 9}
     for stray in ("0", "2", "77"):  # as if a kill had come before they were removed
         (sweep.folder / "checkpoints" / stray).mkdir()
-    open_desk(sweep)
+    open_coordinator(sweep)
     assert {int(folder.name) for folder in (sweep.folder / "checkpoints").iterdir()} == {*best, 9}
 
 
 def test_failed_and_stopped_trials_leave_no_checkpoint(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, trials=30, epochs=9)
-    coordinator = open_desk(sweep, concurrent=3)
+    coordinator = open_coordinator(sweep, concurrent=3)
     play(coordinator)
     states = {record.number: record.status for record in coordinator.ledger.records.values()}
     held = {int(folder.name) for folder in (sweep.folder / "checkpoints").iterdir()}
@@ -714,7 +714,7 @@ def test_a_spec_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_a_retraining_is_a_study_of_its_own_in_the_same_journal(tmp_path: Path) -> None:
     """Each pair once, a failed one not made up for, no rungs, seeds and noise of its own."""
     sweep = make_sweep(tmp_path, trials=4, epochs=9)
-    play(open_desk(sweep))
+    play(open_coordinator(sweep))
     best = Ledger(sweep).best()
     assert best is not None
     (sweep.folder / RETRAIN).mkdir()
@@ -787,7 +787,7 @@ def without_lines(path: Path, *words: str) -> None:
 def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: str) -> None:
     """Finished trials have its default; one in progress gets a value, as new ones do; and nothing is called damaged."""
     sweep = make_sweep(tmp_path, method=("cdr", "ce"), trials=6, epochs=2, sampler=sampler, scheduler="none")
-    play(open_desk(sweep, total=6), keep=[5])
+    play(open_coordinator(sweep, total=6), keep=[5])
     journal = sweep.folder / "journal.log"
     before = Ledger(sweep, read_only=True)
     finished = [record.number for record in before.records.values() if record.finished and record.method == "cdr"]
@@ -798,7 +798,7 @@ def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: 
             expected = {**before.records[number].values, "sparsity": declared(find_method("cdr").Config)["sparsity"].default}
             assert ledger.records[number].values == expected
         assert [record.number for record in ledger.leaderboard()] == [record.number for record in before.leaderboard()]
-    coordinator = open_desk(sweep, total=12)
+    coordinator = open_coordinator(sweep, total=12)
     play(coordinator)
     later = [r for r in coordinator.ledger.records.values() if r.method == "cdr" and r.number not in finished]
     assert later
@@ -811,7 +811,7 @@ def test_a_hyperparameter_that_is_newer_than_the_sweep(tmp_path: Path, sampler: 
 
 def test_a_parameter_that_only_one_trial_lacks_is_damage(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, method=("cdr",), trials=3, epochs=2)
-    play(open_desk(sweep))
+    play(open_coordinator(sweep))
     without_lines(sweep.folder / "journal.log", '"param_name":"cdr.sparsity"', '"trial_id":1,')
     with pytest.raises(DamagedFile, match="what it says of trial 1 is damaged"):
         Ledger(sweep, read_only=True)
@@ -821,14 +821,14 @@ def test_a_parameter_that_only_one_trial_lacks_is_damage(tmp_path: Path) -> None
 def test_values_outside_of_todays_range_stay(tmp_path: Path) -> None:
     """A range that was changed in between, in either direction: finished trials and those in progress keep what they have."""
     sweep = make_sweep(tmp_path, trials=4, epochs=2, range={"lr": "0.5:0.9:log"}, scheduler="none")
-    play(open_desk(sweep, total=4), keep=[3])
+    play(open_coordinator(sweep, total=4), keep=[3])
     before = {number: record.values for number, record in Ledger(sweep, read_only=True).records.items()}
     assert min(float(values["lr"]) for values in before.values()) >= 0.5
     record = sweep.folder / "sweep.yaml"
     record.write_text(record.read_text().replace("  range:\n    lr: 0.5:0.9:log\n", "  range: {}\n"))
     changed = Sweep.read(sweep.folder)
     assert changed.spec.range == {}
-    coordinator = open_desk(changed, total=6)
+    coordinator = open_coordinator(changed, total=6)
     assert {number: record.values for number, record in coordinator.ledger.records.items()} == before
     play(coordinator)
     new = [record.values["lr"] for number, record in coordinator.ledger.records.items() if number not in before]
@@ -841,12 +841,12 @@ def test_a_sweep_of_symmetric_cross_entropy_from_before_beta_was_searched(tmp_pa
     """Its trials have beta 1, the new ones too, and an alpha that is out of today's range stays; it opens again afterwards."""
     old_spec = {"set": {"sce.beta": "1.0"}, "range": {"sce.alpha": "20:90:log"}}
     sweep = make_sweep(tmp_path, method=("sce",), trials=6, epochs=2, scheduler="none", **old_spec)
-    play(open_desk(sweep, total=6))
+    play(open_coordinator(sweep, total=6))
     record = sweep.folder / "sweep.yaml"
     record.write_text(record.read_text().replace("  range:\n    sce.alpha: 20:90:log\n", "  range: {}\n"))
     record.write_text(record.read_text().replace("  set:\n    sce.beta: '1.0'\n", "  set: {}\n"))
     without_lines(record, "  split: stratified")
-    coordinator = open_desk(Sweep.read(sweep.folder), total=9)
+    coordinator = open_coordinator(Sweep.read(sweep.folder), total=9)
     old = {number: r.values for number, r in coordinator.ledger.records.items()}
     assert len(old) == 6
     assert all(values["beta"] == 1.0 and float(values["alpha"]) >= 20 for values in old.values())
@@ -876,7 +876,7 @@ def test_a_sweep_of_symmetric_cross_entropy_from_before_keeps_its_log_zero(given
 
 def test_a_sweep_with_one_clean_sample_from_before_it_was_refused(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, method=("mw-net",), trials=2, epochs=2, trusted=1)
-    play(open_desk(Sweep.read(sweep.folder)))
+    play(open_coordinator(Sweep.read(sweep.folder)))
     assert len(Ledger(Sweep.read(sweep.folder), read_only=True).leaderboard()) == 2
 
 
@@ -903,7 +903,7 @@ def test_a_sweep_from_before_stratified_splits_keeps_its_split(tmp_path: Path) -
 
 def test_every_trial_of_a_sweep_and_every_seed_of_a_retraining_has_one_split(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, noise="symmetric:0.2")
-    play(open_desk(sweep))
+    play(open_coordinator(sweep))
     ledger = Ledger(sweep)
     recipe = of_trial(ledger, ledger.records[0])
     assert (recipe.split, recipe.labels_are_clean) == ("stratified", False)
